@@ -1,0 +1,48 @@
+"""What is known of a published checkpoint before it is read: one record for each file."""
+
+import dataclasses
+
+from keras_vit.data.pixels import Pixels
+
+GOOGLE_LICENCE = "Apache-2.0, as its repository google-research/vision_transformer states"
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """One checkpoint file.
+
+    Args:
+        source: `gs://`, `https://` or local path.
+        classes: outputs of its classifier.
+        activation: what turns its logits into scores: "softmax" or "sigmoid".
+        resolution: side of the square images it was last trained on, in pixels.
+        tuned: whether that was fine-tuning, after which another resolution costs accuracy.
+        size: published size in bytes, accurate to 1%, or None.
+        pixels: the preprocessing it was trained with.
+        licence: as its publisher states it.
+        published: False for a file of a user, of which only the source is known.
+    """
+
+    source: str
+    classes: int | None = 1000
+    activation: str | None = "softmax"
+    resolution: int | None = 224
+    tuned: bool = False
+    size: int | None = None
+    pixels: Pixels = Pixels()
+    licence: str | None = GOOGLE_LICENCE
+    published: bool = True
+
+
+IMAGENET21K = 21_843  # classes of the original's ImageNet-21k heads
+
+
+def head_activation(classes):
+    """How the original turns logits into scores: ImageNet-21k heads were trained with a sigmoid, all others with a softmax."""
+    return "sigmoid" if classes == IMAGENET21K else "softmax"
+
+
+def google(path, mib=None, *, resolution=224, classes=1000, tuned=False):
+    """A file of `gs://vit_models/`; sizes in MiB are those the repository's notebook lists."""
+    size = mib and round(mib * 2**20)
+    return Weights(f"gs://vit_models/{path}.npz", classes, head_activation(classes), resolution, tuned, size)

@@ -1,0 +1,41 @@
+"""The exceptions of this package. Every message names the object, what was expected, what was got, and the next step."""
+
+
+class KerasViTError(Exception):
+    """Base of every error that keras_vit raises on purpose."""
+
+
+class ArgumentError(KerasViTError, ValueError):
+    """A call's argument is not usable: an unknown name, a wrong size, options that exclude each other."""
+
+
+class ConfigError(KerasViTError, ValueError):
+    """A configuration file, key or value of the console job is not usable."""
+
+
+class DownloadError(KerasViTError, OSError):
+    """A file could not be had from where it was said to be."""
+
+
+class IntegrityError(DownloadError):
+    """A file arrived, or lies in the cache, with other content than expected."""
+
+
+class CacheError(KerasViTError, OSError):
+    """The local cache folder cannot be read or written."""
+
+
+class CheckpointFormatError(KerasViTError, ValueError):
+    """A file is not a well-formed checkpoint; nothing of it was used."""
+
+
+class CheckpointMismatchError(KerasViTError, ValueError):
+    """A well-formed checkpoint does not fit the model; the model was not touched."""
+
+
+class DataError(KerasViTError, ValueError):
+    """A data set is empty, unreadable or inconsistent."""
+
+
+class ExportError(KerasViTError, RuntimeError):
+    """A module could not be written or does not reproduce its model; an earlier module is left as it was."""

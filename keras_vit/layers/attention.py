@@ -1,0 +1,82 @@
+import math
+
+import keras
+from keras import ops
+
+
+def _uniform(fan_in, fan_out):
+    """Xavier's uniform initialiser for a matrix that is stored with more than two axes."""
+    limit = math.sqrt(6 / (fan_in + fan_out))
+    return keras.initializers.RandomUniform(-limit, limit)
+
+
+@keras.saving.register_keras_serializable("keras_vit")
+class Attention(keras.layers.Layer):
+    """(b, n, d) -> (b, n, d): multi-head self-attention; query, key and value by one fused product.
+
+    The softmax is computed in float32 whatever the compute type. Weights: `qkv_kernel` (d, 3, heads, d / heads), `qkv_bias`
+    (3, heads, d / heads), `out_kernel` (heads, d / heads, d), `out_bias` (d,); the first axis of size 3 is query, key, value.
+
+    Args:
+        heads: number of heads; must divide the width.
+        dropout_rate: dropout on the attention weights.
+        flash_attention: True computes by `keras.ops.dot_product_attention`, which takes the fused kernel of an accelerator where
+            there is one; False by two matrix products; None by the former on JAX and PyTorch devices that are no CPU. The
+            numbers are the same. Attention dropout in training always takes the matrix products, since the fused op has none.
+    """
+
+    def __init__(self, heads, dropout_rate=0.0, flash_attention=None, **kwargs):
+        super().__init__(**kwargs)
+        self.heads, self.dropout_rate, self.flash_attention = heads, dropout_rate, flash_attention
+        self.dropout = keras.layers.Dropout(dropout_rate, dtype=self.dtype_policy, name="dropout")
+
+    def build(self, input_shape):
+        width = input_shape[-1]
+        if width % self.heads:
+            raise ValueError(f"Attention {self.name!r}: width {width} is not divisible by heads={self.heads}; choose a divisor.")
+        size, init = width // self.heads, _uniform(width, width)
+        self.qkv_kernel = self.add_weight(shape=(width, 3, self.heads, size), initializer=init, name="qkv_kernel")
+        self.qkv_bias = self.add_weight(shape=(3, self.heads, size), initializer="zeros", name="qkv_bias")
+        self.out_kernel = self.add_weight(shape=(self.heads, size, width), initializer=init, name="out_kernel")
+        self.out_bias = self.add_weight(shape=(width,), initializer="zeros", name="out_bias")
+
+    def call(self, x, training=None, tap=None):
+        """Returns (b, n, d), or the attention weights (b, heads, query, key) in float32 with tap="scores"."""
+        width, size = x.shape[-1], x.shape[-1] // self.heads
+        qkv = ops.matmul(x, ops.reshape(self.qkv_kernel, (width, 3 * width))) + ops.reshape(self.qkv_bias, (3 * width,))
+        qkv = ops.reshape(qkv, (-1, x.shape[1], 3, self.heads, size))
+        if tap is None and self._fused(x, training):
+            q, k, v = ops.unstack(qkv, 3, axis=2)
+            mixed = ops.dot_product_attention(q, k, v, scale=size**-0.5)
+        else:
+            q, k, v = ops.unstack(ops.transpose(qkv, (2, 0, 3, 1, 4)), 3, axis=0)
+            scores = ops.matmul(q * ops.cast(size**-0.5, q.dtype), ops.transpose(k, (0, 1, 3, 2)))
+            scores = ops.softmax(ops.cast(scores, "float32"), axis=-1)
+            if tap == "scores":
+                return scores
+            scores = self.dropout(ops.cast(scores, self.compute_dtype), training=training)
+            mixed = ops.transpose(ops.matmul(scores, v), (0, 2, 1, 3))
+        mixed = ops.reshape(mixed, (-1, x.shape[1], width))
+        return ops.matmul(mixed, ops.reshape(self.out_kernel, (width, width))) + self.out_bias
+
+    def _fused(self, x, training):
+        if training and self.dropout_rate:
+            return False
+        if self.flash_attention is None:
+            return _on_accelerator(x)
+        return self.flash_attention
+
+    def compute_output_shape(self, input_shape, tap=None):
+        b, n, d = input_shape
+        return (b, self.heads, n, n) if tap == "scores" else (b, n, d)
+
+    def compute_output_spec(self, x, training=None, tap=None):
+        dtype = "float32" if tap == "scores" else self.compute_dtype
+        return keras.KerasTensor(self.compute_output_shape(x.shape, tap), dtype=dtype)
+
+
+def _on_accelerator(x):
+    """Whether x is computed by an accelerator for which Keras has a fused kernel, which it has not on TensorFlow."""
+    if keras.config.backend() == "torch":
+        return x.device.type != "cpu"
+    return keras.config.backend() == "jax" and not keras.distribution.list_devices()[0].startswith("cpu")

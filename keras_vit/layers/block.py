@@ -1,0 +1,67 @@
+import keras
+
+from keras_vit.layers.attention import Attention
+from keras_vit.layers.drop import DropPath
+from keras_vit.layers.mlp import MLP
+
+
+@keras.saving.register_keras_serializable("keras_vit")
+class Block(keras.layers.Layer):
+    """(b, n, d) -> (b, n, d): pre-norm transformer encoder block, `x + attention(norm(x))`, then `x + mlp(norm(x))`.
+
+    What lies inside is tapped: `block(x, tap=...)` returns "attention_norm", "scores" (b, heads, n, n), "attention",
+    "mlp_norm" or "mlp" instead of the block's output, from the same code.
+
+    Args:
+        heads, mlp: number of heads; width of the hidden layer of the MLP.
+        dropout_rate: after attention and twice in the MLP. attention_dropout_rate: on the attention weights.
+        drop_path_rate: probability that an example skips a residual branch in training (stochastic depth).
+        flash_attention: see `Attention`.
+    """
+
+    TAPS = ("attention_norm", "scores", "attention", "mlp_norm", "mlp")
+
+    def __init__(
+        self, heads, mlp, dropout_rate=0.0, attention_dropout_rate=0.0, drop_path_rate=0.0, flash_attention=None, **kwargs
+    ):
+        super().__init__(**kwargs)
+        self.heads, self.mlp_width, self.dropout_rate = heads, mlp, dropout_rate
+        self.attention_dropout_rate, self.drop_path_rate = attention_dropout_rate, drop_path_rate
+        self.flash_attention = flash_attention
+        dtype = self.dtype_policy
+        self.attention_norm = keras.layers.LayerNormalization(epsilon=1e-6, dtype=dtype, name="attention_norm")
+        self.attention = Attention(heads, attention_dropout_rate, flash_attention, dtype=dtype, name="attention")
+        self.dropout = keras.layers.Dropout(dropout_rate, dtype=dtype, name="dropout")
+        self.mlp_norm = keras.layers.LayerNormalization(epsilon=1e-6, dtype=dtype, name="mlp_norm")
+        self.mlp = MLP(mlp, dropout_rate, dtype=dtype, name="mlp")
+        self.drop_path = DropPath(drop_path_rate, dtype=dtype, name="drop_path")
+
+    def build(self, input_shape):
+        for layer in (self.attention_norm, self.attention, self.mlp_norm, self.mlp, self.drop_path):
+            layer.build(input_shape)
+
+    def call(self, x, tap=None):
+        if tap is not None and tap not in self.TAPS:
+            raise ValueError(f"Block {self.name!r}: tap must be one of {self.TAPS}, got {tap!r}.")
+        y = self.attention_norm(x)
+        if tap == "attention_norm":
+            return y
+        if tap == "scores":
+            return self.attention(y, tap="scores")
+        y = self.attention(y)
+        if tap == "attention":
+            return y
+        x = x + self.drop_path(self.dropout(y))
+        y = self.mlp_norm(x)
+        if tap == "mlp_norm":
+            return y
+        y = self.mlp(y)
+        if tap == "mlp":
+            return y
+        return x + self.drop_path(y)
+
+    def compute_output_shape(self, input_shape, tap=None):
+        return self.attention.compute_output_shape(input_shape, tap)
+
+    def compute_output_spec(self, x, tap=None):
+        return self.attention.compute_output_spec(x, tap=tap)
