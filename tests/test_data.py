@@ -1,0 +1,543 @@
+"""Pixels and pipelines: the original's numbers, an order that (seed, epoch) alone decides, and faults that name their file."""
+
+import base64
+import itertools
+import json
+import os
+import struct
+import subprocess
+import sys
+import warnings
+import zlib
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_vit.data.pipeline import (
+    decode,
+    eval_batches,
+    eval_image,
+    find_unreadable,
+    one_hot,
+    open_source,
+    raise_unreadable,
+    random_box,
+    train_batches,
+    train_image,
+)
+from keras_vit.data.pixels import Pixels
+from keras_vit.errors import ArgumentError, DataError
+
+GOLDENS = Path(__file__).parent / "goldens" / "preprocess"
+RGB = Pixels(mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375))
+WEBP = {  # 6 x 9 pixels of (10, 20, 30), one in each of the format's three headers
+    "lossless": base64.b64decode("UklGRh4AAABXRUJQVlA4TBEAAAAvCEABAAdQiirUo/+BiOh/AAA="),
+    "lossy": base64.b64decode("UklGRi4AAABXRUJQVlA4ICIAAABwAQCdASoJAAYAAUAmJZQCdAFAAAD+/DeBV/fU6D4r4AAA"),
+    "extended": base64.b64decode(
+        "UklGRlYAAABXRUJQVlA4WAoAAAAIAAAACAAABQAAVlA4ICIAAABwAQCdASoJAAYAAUAmJZQCdAFAAAD+/DeBV/fU6D4r4AAA"
+        "RVhJRg4AAABNTQAqAAAACAAAAAAAAA=="
+    ),
+}
+
+
+def picture(seed=0, height=12, width=10):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def png(width, height, rows=0):
+    """A gray PNG that declares width x height and holds `rows` rows of zeros."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    pixels = zlib.compress(bytes((width + 1) * rows), 9)
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+def write_folder(root, classes=("ant", "bee"), splits=("train", "test"), count=3):
+    """{split}/{class}/{i}.png, every picture with a first pixel of its own: (label, i, split)."""
+    for (s, split), (label, name) in itertools.product(enumerate(splits), enumerate(classes)):
+        folder = root / split / name
+        folder.mkdir(parents=True)
+        for i in range(count):
+            image = picture(i)
+            image[0, 0] = label, i, s
+            (folder / f"{i}.png").write_bytes(tf.io.encode_png(image).numpy())
+    return root
+
+
+def raw(dataset, examples):
+    """The first `examples` images of batched data, back on the 0..255 scale."""
+    images = np.concatenate([images for images, _ in dataset.take(-(-examples // 4)).as_numpy_iterator()])
+    return np.rint(images[:examples] * 127.5 + 127.5).astype(int)
+
+
+def ids(dataset, examples):
+    """Which examples of `write_folder`'s kind came, in order."""
+    return [tuple(pixel[:2]) for pixel in raw(dataset, examples)[:, 0, 0].tolist()]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("data") / "bugs", count=5)
+
+
+@pytest.fixture(scope="module")
+def tiny_tfds(tmp_path_factory):
+    """A TFDS data set of 20 digits, built here; gives its name and data_dir."""
+    tfds = pytest.importorskip("tensorflow_datasets")
+
+    class KerasVitTiny(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            label = tfds.features.ClassLabel(names=list("abcdefghij"))
+            features = tfds.features.FeaturesDict({"image": tfds.features.Image(shape=(8, 8, 3)), "label": label})
+            return tfds.core.DatasetInfo(builder=self, features=features)
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for i in range(20):
+                image = picture(i, 8, 8)
+                image[0, 0] = i % 10, i, 0
+                yield i, {"image": image, "label": i % 10}
+
+    return "keras_vit_tiny", str(tmp_path_factory.mktemp("tfds"))
+
+
+# ---------------------------------------------------------------- the arithmetic
+
+
+@pytest.mark.parametrize("kind", ["eval_resize", "train_given_crop"])
+def test_single_images_equal_the_originals(kind):
+    meta = json.loads((GOLDENS / kind / "meta.json").read_text())
+    inputs, expected = np.load(GOLDENS / kind / "inputs.npz"), np.load(GOLDENS / kind / "expected.npz")
+    for item in meta["items"]:
+        image = inputs[item["name"]]
+        if kind == "eval_resize":
+            got = eval_image(image, item["size"])
+        else:
+            box = [item[key] for key in ("begin_y", "begin_x", "height", "width")]
+            got = train_image(image, item["size"], box=box, flip=item["flip"])
+        assert got.dtype == tf.float32
+        np.testing.assert_allclose(got, expected[item["name"]], rtol=0, atol=meta["tolerance"], err_msg=item["name"])
+
+
+def test_one_hot_equals_the_original_and_refuses_labels_out_of_range():
+    expected = np.load(GOLDENS / "eval_resize" / "expected.npz")["onehot_label_3_of_10"]
+    np.testing.assert_array_equal(one_hot(3, 10), expected)
+    assert one_hot([[1, 2]], 4).shape == (1, 2, 4)
+    for label in (-1, 10, [0, 10]):
+        with pytest.raises(ArgumentError, match=r"0\.\.9"):
+            one_hot(label, 10)
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"labels must lie in 0\.\.9"):
+        list(tf.data.Dataset.from_tensors(-1).map(lambda label: one_hot(label, 10)))
+
+
+def test_normalize_is_exact_in_numpy_tensorflow_and_tf_data():
+    image = picture()
+    expected = (image.astype(np.float32) - np.float32(RGB.mean)) / np.float32(RGB.std)
+    in_data = next(iter(tf.data.Dataset.from_tensors(image).map(RGB.normalize)))
+    for got in (RGB.normalize(image), RGB.normalize(tf.constant(image)), RGB.normalize(image.tolist()), in_data):
+        np.testing.assert_array_equal(got, expected)
+    assert RGB.normalize(image).dtype == np.float32
+    assert RGB.normalize(image.astype(np.float64)[None]).dtype == np.float32
+
+
+def test_normalize_of_backend_and_symbolic_tensors_agrees_with_numpy():
+    image = picture()
+    backend = keras.ops.convert_to_numpy(RGB.normalize(keras.ops.convert_to_tensor(image)))
+    np.testing.assert_allclose(backend, RGB.normalize(image), rtol=0, atol=5e-7)  # XLA multiplies by the reciprocal
+    symbolic = keras.Input((12, 10, 3), dtype="uint8")
+    model = keras.Model(symbolic, RGB.normalize(symbolic))
+    np.testing.assert_allclose(keras.ops.convert_to_numpy(model(image[None]))[0], RGB.normalize(image), rtol=0, atol=5e-7)
+
+
+@pytest.mark.parametrize("bad", [np.zeros((4, 3)), np.zeros((4, 4, 1)), np.zeros((4, 4, 3), bool), "abc", None])
+def test_normalize_refuses_what_is_no_rgb_image(bad):
+    with pytest.raises(ArgumentError):
+        Pixels().normalize(bad)
+
+
+def test_pixels_survive_json():
+    assert Pixels.from_dict(json.loads(json.dumps(RGB.asdict()))) == RGB
+    assert Pixels.from_dict(Pixels().asdict()) == Pixels() == Pixels(mean=[127.5] * 3)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"mean": (1, 2)}, {"mean": 127.5}, {"std": (1, 0, 1)}, {"std": (1, float("nan"), 1)}, {"mean": ("1", "2", "3")}]
+    + [{"resize": "cubic"}, {"antialias": 1}, {"crop": "center"}, {"gamma": 2.2}],
+)
+def test_pixels_refuse_values_they_cannot_honour(bad):
+    with pytest.raises(ArgumentError, match=next(iter(bad))):
+        Pixels.from_dict(bad)
+
+
+def test_sizes_boxes_and_shapes_that_make_no_sense_are_refused():
+    image = picture()
+    for size in (0, -1, 2.5, (8,), (8, 8, 3), "8", True):
+        with pytest.raises(ArgumentError, match="size"):
+            eval_image(image, size)
+    for box in ([0, 0, 13, 5], [-1, 0, 5, 5], [0, 8, 5, 5], [0, 0, 0, 5]):
+        with pytest.raises(ArgumentError, match="box"):
+            train_image(image, 8, box=box, flip=False)
+    for wrong in (image[..., :1], image[..., 0], np.zeros((1, 1, 4, 4, 3))):
+        with pytest.raises(ArgumentError, match="height, width, 3"):
+            eval_image(wrong, 8)
+    assert eval_image(image, (7, 5)).shape == (7, 5, 3) and eval_image(image[None], (7, 5)).shape == (1, 7, 5, 3)
+
+
+def test_random_boxes_lie_in_the_image_and_keep_area_and_aspect():
+    boxes = np.array([random_box([120, 160, 3], [seed, 7]) for seed in range(300)])
+    y, x, height, width = boxes.T
+    assert boxes.dtype == np.int32 and min(y.min(), x.min()) >= 0 and (y + height).max() <= 120 and (x + width).max() <= 160
+    area = height * width / (120 * 160)
+    assert area.min() > 0.045 and area.max() > 0.8 and 0.28 < area.mean() < 0.4
+    assert (width / height).min() > 0.72 and (width / height).max() < 1.37  # whole pixels blur the limits
+    np.testing.assert_array_equal(boxes[3], random_box([120, 160, 3], [3, 7]))
+
+
+# ---------------------------------------------------------------- digits
+
+
+def test_digits_are_split_as_scikit_learn_splits_them():
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    data = load_digits()
+    expected = train_test_split(data.images, data.target, test_size=360, random_state=0, stratify=data.target)
+    for split, values, labels, count in (("train", *expected[0::2], 1437), ("test", *expected[1::2], 360)):
+        source = open_source("digits", split)
+        assert source.num_examples == count and source.num_classes == 10 and source.class_names[3] == "3"
+        images, hot = map(np.concatenate, zip(*eval_batches(source, size=8, batch=100).as_numpy_iterator()))
+        np.testing.assert_array_equal(hot.argmax(-1), labels)
+        np.testing.assert_array_equal(np.rint((images * 127.5 + 127.5) * 16 / 255), np.repeat(values[..., None], 3, -1))
+        assert images.min() == -1 and images.max() == 1
+    with pytest.raises(DataError, match="validation"):
+        open_source("digits", "validation")
+
+
+def test_digits_train_without_crop_or_flip_and_with_full_static_batches():
+    source = open_source("digits", "train")
+    data = train_batches(source, size=8, batch=32, augment=False)
+    assert [tuple(spec.shape) for spec in data.element_spec] == [(32, 8, 8, 3), (32, 10)]
+    assert data.cardinality() == tf.data.INFINITE_CARDINALITY
+    plain = {image.tobytes() for images, _ in eval_batches(source, size=8, batch=500).as_numpy_iterator() for image in images}
+    assert all(image.tobytes() in plain for images, _ in data.take(3).as_numpy_iterator() for image in images)
+
+
+# ---------------------------------------------------------------- order and draws
+
+
+def sources(folder, tiny_tfds):
+    name, data_dir = tiny_tfds
+    return {"folder": (open_source(folder, "train"), 10), "tfds": (open_source(name, "train", data_dir=data_dir), 20)}
+
+
+@pytest.mark.parametrize("kind", ["folder", "tfds"])
+def test_every_epoch_holds_each_example_once_in_an_order_of_its_own(kind, folder, tiny_tfds):
+    source, count = sources(folder, tiny_tfds)[kind]
+    options = {"size": (12, 10) if kind == "folder" else 8, "batch": 2}
+    assert sum(len(labels) for _, labels in eval_batches(source, **options)) == count
+    data = train_batches(source, augment=False, shuffle_buffer=7, **options).take(3 * count // 2)
+    order = [image.tobytes() for images, _ in data.as_numpy_iterator() for image in images]
+    epochs = [order[i * count : (i + 1) * count] for i in range(3)]
+    assert all(len(set(epoch)) == count for epoch in epochs)
+    assert set(epochs[0]) == set(epochs[1]) == set(epochs[2])
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def take(data, batches):
+    return [np.concatenate(arrays) for arrays in zip(*data.take(batches).as_numpy_iterator())]
+
+
+@pytest.mark.parametrize("kind", ["folder", "tfds"])
+@pytest.mark.parametrize("augment", [False, True])
+def test_order_and_draws_depend_on_seed_and_epoch_alone(kind, augment, folder, tiny_tfds):
+    source, count = sources(folder, tiny_tfds)[kind]
+    options = {"size": 8, "batch": 2, "augment": augment, "shuffle_buffer": 7}
+    tf.random.set_seed(1)
+    images, labels = take(train_batches(source, seed=5, **options), count)
+    tf.random.set_seed(2)
+    tf.random.uniform([3])
+    again = train_batches(sources(folder, tiny_tfds)[kind][0], seed=5, **options)
+    for _ in range(2):
+        for got, expected in zip(take(again, count), (images, labels)):
+            np.testing.assert_array_equal(got, expected)
+    for start in (2, count, count + 4):  # the second epoch is the same without the first
+        rest = take(train_batches(source, seed=5, start=start, **options), (2 * count - start) // 2)
+        np.testing.assert_array_equal(rest[0], images[start:])
+        np.testing.assert_array_equal(rest[1], labels[start:])
+    other = take(train_batches(source, seed=6, **options), count)
+    assert not np.array_equal(other[1], labels)
+
+
+def test_another_process_draws_the_same_numbers():
+    code = (
+        "import zlib; from keras_vit.data.pipeline import open_source, train_batches\n"
+        "data = train_batches(open_source('digits', 'train'), size=8, batch=64, seed=3, start=1400)\n"
+        "print(zlib.crc32(b''.join(a.tobytes() for pair in data.take(2).as_numpy_iterator() for a in pair)))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    other = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True).stdout
+    data = train_batches(open_source("digits", "train"), size=8, batch=64, seed=3, start=1400)
+    images, labels = zip(*data.take(2).as_numpy_iterator())
+    mine = b"".join(array.tobytes() for pair in zip(images, labels) for array in pair)
+    assert int(other.split()[-1]) == zlib.crc32(mine)
+
+
+def test_augmented_images_are_crops_half_of_them_flipped(tmp_path):
+    ramp = np.broadcast_to(np.arange(0, 240, 2, dtype=np.uint8)[None, :, None], (120, 120, 3))  # brighter to the right
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    (tmp_path / "train" / "a" / "ramp.png").write_bytes(tf.io.encode_png(ramp).numpy())
+    images, _ = take(train_batches(open_source(tmp_path, "train"), size=8, batch=20), 10)
+    rising = images[:, 0, -1, 0] > images[:, 0, 0, 0]
+    assert 70 <= rising.sum() <= 130
+    assert len({image.tobytes() for image in images}) > 190
+
+
+def test_batches_refuse_numbers_out_of_range():
+    source = open_source("digits", "test")
+    for bad in ({"batch": 0}, {"batch": 2.0}, {"seed": 0.5}, {"start": -1}, {"shuffle_buffer": 0}, {"prefetch": -1}, {"size": 0}):
+        with pytest.raises(ArgumentError, match=next(iter(bad))):
+            train_batches(source, **{"size": 8, "batch": 4, **bad})
+    with pytest.raises(ArgumentError, match="batch"):
+        eval_batches(source, size=8, batch=0)
+
+
+# ---------------------------------------------------------------- folders
+
+
+def test_a_folder_is_read_in_the_order_of_its_names(folder):
+    source = open_source(folder, "test")
+    assert source.class_names == ("ant", "bee") and source.num_examples == 10
+    assert [Path(path).parts[-3:] for path in source.paths[4:6]] == [("test", "ant", "4.png"), ("test", "bee", "0.png")]
+    batches = list(eval_batches(source, size=(12, 10), batch=4).as_numpy_iterator())
+    assert [len(images) for images, _ in batches] == [4, 4, 2]
+    labels = np.concatenate([labels for _, labels in batches])
+    np.testing.assert_array_equal(labels.argmax(-1), [0] * 5 + [1] * 5)
+    assert ids(eval_batches(source, size=(12, 10), batch=4), 10) == [(label, i) for label in range(2) for i in range(5)]
+
+
+def test_jpeg_png_and_webp_mix_by_content_whatever_their_ending(tmp_path):
+    image = picture()
+    files = {
+        "0.JPG": tf.io.encode_jpeg(image).numpy(),
+        "1.png": tf.io.encode_png(image).numpy(),
+        "2.webp": WEBP["lossless"],
+        "3.jpeg": tf.io.encode_png(image).numpy(),
+        "4 ünï.png": tf.io.encode_png(image[..., :1]).numpy(),
+        "5.png": tf.io.encode_png(np.concatenate([image, image[..., :1]], -1)).numpy(),
+        "6.png": tf.io.encode_png(image.astype(np.uint16) * 257).numpy(),
+    }
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    for name, content in files.items():
+        (tmp_path / "train" / "a" / name).write_bytes(content)
+    gray = np.repeat(image[..., :1], 3, -1)
+    got = raw(eval_batches(open_source(tmp_path, "train"), size=(12, 10), batch=4), 7)
+    jpeg = tf.image.decode_jpeg(files["0.JPG"], 3).numpy()
+    flat = np.broadcast_to([10, 20, 30], (12, 10, 3))
+    for one, expected in zip(got, [jpeg, image, flat, image, gray, image, image]):
+        np.testing.assert_array_equal(one, expected)
+
+
+def test_a_jpeg_has_the_values_of_decode_jpeg_and_is_not_rotated():
+    plain = tf.io.encode_jpeg(picture(height=40, width=56), quality=80).numpy()
+    expected = tf.image.decode_jpeg(plain, 3)
+    np.testing.assert_array_equal(decode(plain), expected)
+    for orientation in range(1, 9):
+        tiff = struct.pack(">2sHIHHHIHHI", b"MM", 42, 8, 1, 0x0112, 3, 1, orientation, 0, 0)
+        exif = b"Exif\0\0" + tiff
+        rotated = plain[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + plain[2:]
+        np.testing.assert_array_equal(decode(rotated), expected)
+
+
+@pytest.mark.parametrize("kind", WEBP)
+def test_webp_headers_are_read_and_decoded(kind):
+    content = WEBP[kind]
+    image = decode(content)
+    assert image.shape == (6, 9, 3) and np.abs(image.numpy().astype(int) - [10, 20, 30]).max() <= 2
+    first = {"lossless": 21, "lossy": 26, "extended": 24}[kind]
+    huge = content[:first] + b"\xff" * (6 if kind == "extended" else 4) + content[first + (6 if kind == "extended" else 4) :]
+    with pytest.raises(tf.errors.InvalidArgumentError, match="64,000,000"):
+        decode(huge)
+
+
+def test_a_decompression_bomb_is_refused_from_its_header():
+    jpeg = tf.io.encode_jpeg(picture(), format="rgb").numpy()
+    frame = jpeg.index(b"\xff\xc0") + 5  # start of frame: marker, length, precision, height, width
+    bombs = [png(16000, 16000, rows=16000), png(2**32 - 1, 2**32 - 1), jpeg[:frame] + b"\xff\0" * 2 + jpeg[frame + 4 :]]
+    assert len(bombs[0]) < 300_000
+    for bomb in bombs:
+        with pytest.raises(tf.errors.InvalidArgumentError, match="64,000,000"):
+            decode(bomb)
+    assert decode(png(30, 20, rows=20)).shape == (20, 30, 3)
+
+
+def test_hidden_entries_are_ignored_and_other_files_listed_in_one_warning(tmp_path):
+    root = write_folder(tmp_path / "data")
+    for extra in (".hidden", "__MACOSX"):
+        (root / "train" / extra).mkdir()
+        (root / "train" / "ant" / extra).mkdir()
+    (root / "train" / "ant" / "._0.png").write_bytes(b"")
+    (root / "train" / "ant" / "notes.txt").write_text("x")
+    (root / "train" / "bee" / "scan.tiff").write_bytes(b"II*\0")
+    (root / "train" / "bee" / "deeper").mkdir()
+    (root / "train" / "readme.md").write_text("x")
+    with pytest.warns(UserWarning, match="^4 entries are not read") as caught:
+        source = open_source(root, "train")
+    assert source.class_names == ("ant", "bee") and source.num_examples == 6
+    assert len(caught) == 1
+    assert all(name in str(caught[0].message) for name in ("notes.txt", "scan.tiff", "deeper", "readme.md"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        open_source(root, "test")
+
+
+def test_symlink_loops_end_in_an_error_that_names_them(tmp_path):
+    root = write_folder(tmp_path / "data")
+    (root / "train" / "ant" / "loop.png").symlink_to("loop.png")
+    with pytest.raises(DataError, match=r"loop\.png"):
+        open_source(root, "train")
+    (root / "train" / "ant" / "loop.png").unlink()
+    for split in ("train", "test"):
+        (root / split / "up").symlink_to("..")
+    with pytest.raises(DataError, match=r"up holds no image"):
+        open_source(root, "train")
+
+
+def test_folders_without_images_are_named(tmp_path):
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(DataError, match="nothing has no split 'train'"):
+        open_source(tmp_path / "nothing", "train")
+    (tmp_path / "nothing" / "train").mkdir()
+    with pytest.raises(DataError, match="has no class folder"):
+        open_source(tmp_path / "nothing", "train")
+    (tmp_path / "nothing" / "train" / "ant").mkdir()
+    (tmp_path / "nothing" / "train" / "ant" / "a.gif").write_bytes(b"GIF89a")
+    with pytest.raises(DataError, match="ant holds no image"):
+        open_source(tmp_path / "nothing", "train")
+    with pytest.raises(DataError, match=r"train\[:50%\]"):
+        open_source(tmp_path / "nothing", "train[:50%]")
+
+
+def test_files_that_are_no_images_by_their_first_bytes_are_all_named(tmp_path):
+    root = write_folder(tmp_path / "data", count=8)
+    (root / "train" / "ant" / "0.png").write_bytes(b"")
+    (root / "train" / "bee" / "1.png").write_bytes(b"<html>not found</html>")
+    with pytest.raises(DataError) as caught:
+        open_source(root, "train")
+    message = str(caught.value)
+    assert "2 image file(s)" in message and "0.png (zero bytes)" in message and "1.png" in message and "<html>" in message
+    for i in range(8):
+        (root / "train" / "ant" / f"{i}.png").write_bytes(b"GIF89a")
+    with pytest.raises(DataError, match=r"9 image file\(s\).*; and 4 more"):
+        open_source(root, "train")
+
+
+def test_different_classes_in_train_and_test_are_listed(tmp_path):
+    root = write_folder(tmp_path / "data", ("ant", "bee", "cat"))
+    (root / "test" / "bee").rename(root / "test" / "dog")
+    for split, mine, theirs in (("train", "bee", "dog"), ("test", "dog", "bee")):
+        other = "test" if split == "train" else "train"
+        with pytest.raises(DataError, match=rf"Only in {split}: \['{mine}'\]; only in {other}: \['{theirs}'\]"):
+            open_source(root, split)
+
+
+def test_a_truncated_image_is_named_after_the_pipeline_failed(tmp_path):
+    root = write_folder(tmp_path / "data")
+    content = tf.io.encode_jpeg(picture(height=60, width=60)).numpy()
+    (root / "train" / "ant" / "cut.jpg").write_bytes(content[: len(content) // 2])
+    (root / "train" / "bee" / "bomb.png").write_bytes(png(16000, 16000))
+    (root / "train" / "bee" / "0.png").write_bytes((root / "train" / "bee" / "1.png").read_bytes()[:60])
+    train, test = open_source(root, "train"), open_source(root, "test")
+    assert [Path(path).name for path, _ in find_unreadable(train)] == ["cut.jpg", "0.png", "bomb.png"]
+    assert find_unreadable(test) == [] == find_unreadable(open_source("digits", "test"))
+    with pytest.raises(tf.errors.InvalidArgumentError) as failed:
+        list(train_batches(train, size=8, batch=4).take(4))
+    with pytest.raises(DataError) as caught:
+        raise_unreadable(failed.value, test, train)
+    message = str(caught.value)
+    assert message.startswith("3 image file(s)") and "cut.jpg (" in message and "64,000,000" in message
+    assert "{{" not in message and "[Op:" not in message and caught.value.__cause__ is failed.value
+    with pytest.raises(tf.errors.InvalidArgumentError) as same:
+        raise_unreadable(failed.value, test)
+    assert same.value is failed.value
+
+
+def test_a_file_that_vanishes_is_named(tmp_path):
+    root = write_folder(tmp_path / "data")
+    source = open_source(root, "train")
+    (root / "train" / "ant" / "1.png").unlink()
+    with pytest.raises(tf.errors.NotFoundError) as failed:
+        list(eval_batches(source, size=8, batch=4))
+    with pytest.raises(DataError, match=r"1\.png \(No such file"):
+        raise_unreadable(failed.value, source)
+
+
+# ---------------------------------------------------------------- TFDS
+
+
+def test_a_tfds_data_set_is_prepared_and_sliced(tiny_tfds):
+    name, data_dir = tiny_tfds
+    source = open_source(name, "train", data_dir=data_dir)
+    assert source.num_examples == 20 and source.class_names == tuple("abcdefghij") and source.paths == ()
+    whole = ids(eval_batches(source, size=8, batch=4), 20)
+    assert sorted(whole) == sorted((i % 10, i) for i in range(20))
+    head, tail = (open_source(name, split, data_dir=data_dir) for split in ("train[:75%]", "train[75%:]"))
+    assert (head.num_examples, tail.num_examples) == (15, 5)
+    assert ids(eval_batches(head, size=8, batch=4), 15) + ids(eval_batches(tail, size=8, batch=4), 5) == whole
+    labels = np.concatenate([labels for _, labels in eval_batches(source, size=8, batch=7).as_numpy_iterator()])
+    np.testing.assert_array_equal(labels.argmax(-1), [label for label, _ in whole])
+    for split, text in (("valid", "valid"), ("train[:1%]", "no data")):
+        with pytest.raises(DataError, match=text) as caught:
+            open_source(name, split, data_dir=data_dir)
+        assert "['train']" in str(caught.value)
+
+
+def test_a_tfds_data_set_of_unknown_length_works():
+    tfds = pytest.importorskip("tensorflow_datasets")
+    with tfds.testing.mock_data(num_examples=6):
+        source = open_source("cifar10", "train")
+        assert source.num_classes == 10 and source.num_examples is None
+        assert [len(labels) for _, labels in eval_batches(source, size=32, batch=4)] == [4, 2]
+        images, labels = next(iter(train_batches(source, size=16, batch=8)))
+        assert images.shape == (8, 16, 16, 3) and labels.shape == (8, 10)
+        gray = open_source("mnist", "test")
+        assert next(iter(eval_batches(gray, size=28, batch=2)))[0].shape == (2, 28, 28, 3)
+
+
+def test_an_unknown_data_set_is_answered_with_close_names(tmp_path):
+    pytest.importorskip("tensorflow_datasets")
+    for name, near in (("cifr10", "cifar10"), ("digit", "digits")):
+        with pytest.raises(DataError, match=rf"not 'digits', not an existing folder.*{near}"):
+            open_source(name, "train", data_dir=tmp_path)
+    with pytest.raises(DataError, match="no/such/folder"):
+        open_source(str(tmp_path / "no/such/folder"), "train")
+
+
+def test_a_tfds_data_set_that_cannot_be_prepared_says_where(tmp_path):
+    tfds = pytest.importorskip("tensorflow_datasets")
+
+    class KerasVitOffline(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({"x": np.int64}))
+
+        def _split_generators(self, dl_manager):
+            raise ConnectionError("no route")
+
+        def _generate_examples(self):
+            return iter(())
+
+    with pytest.raises(DataError, match=r"could not download or prepare .*no route") as caught:
+        open_source("keras_vit_offline", "train", data_dir=str(tmp_path))
+    assert str(tmp_path) in str(caught.value)
