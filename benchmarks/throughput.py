@@ -1,0 +1,217 @@
+"""Images per second of a model's inference, beside the same machine's matrix products and the peers that are installed.
+
+    python -m benchmarks.throughput ViT_B16 [--image=224 --batch=8 --rounds=6 --json=FILE]
+
+Float32, random weights, the current Keras backend. All contenders are measured in one run, a few calls each in turn, round after
+round, so that noise hits all alike. Keras models run as their users run them, by `predict_on_batch`, with and without
+`jit_compile` on TensorFlow, and the better median of the two counts on either side; timm runs eagerly in `torch.inference_mode`.
+
+The ceiling is the rate at which this machine, by the same backend in the same rounds, multiplies two float32 2048 x 2048
+matrices, divided by the model's multiplications (see `gflop_per_image`).
+"""
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import keras
+import numpy as np
+
+import keras_vit
+
+SIDE = 2048
+PRODUCTS = 8  # in one call, so that it lasts long enough to meet the same noise as a batch of images
+CALLS = 2  # of each contender in a round
+JIT = {"tensorflow": {"graph": False, "jit": True}, "jax": {"jit": True}, "torch": {"eager": False}}
+
+
+def gflop_per_image(model):
+    """Billions of floating-point operations (two for each multiply-add) of all matrix products of a ViT for one image.
+
+    Every kernel is applied at each position of its layer's output: size * positions multiply-adds. Attention adds 2 * n * n * d
+    in each block, for the scores and for the weighted sum. ViT-B/16 at 224: 35.1.
+
+    Returns:
+        A float, or None for a family other than ViT, whose kernels may act along other axes.
+    """
+    if model.family != "ViT":
+        return None
+    products = 0
+    for layer in model.layers:
+        inner = layer.output.shape[1:-1]
+        names = {w.name for w in layer.weights}
+        products += sum(math.prod(w.shape) for w in layer.weights if w.name.endswith("kernel")) * math.prod(inner)
+        if "qkv_kernel" in names:
+            products += 2 * inner[0] ** 2 * layer.output.shape[-1]
+    return 2e-9 * products
+
+
+def contenders(name, image, batch):
+    """({label: function of no arguments that classifies one batch}, the keras_vit model)."""
+    model = keras_vit.create_model(name, weights=None, **({"input_shape": (image, image, 3)} if image else {}))
+    shape = model.input_shape[1:]
+    images = np.random.default_rng(0).uniform(-1, 1, (batch, *shape)).astype(np.float32)
+    modes = JIT[keras.config.backend()].items()
+    runs = {f"keras_vit {mode}": _keras(model, images, jit) for mode, jit in modes}
+    if model.family == "ViT":
+        tokens, patches, block = (model.get_layer(part).get_config() for part in ("tokens", "patches", "block_0"))
+        depth = sum(layer.name.startswith("block_") for layer in model.layers)
+        if _installed("keras_hub"):
+            from keras_hub.models import ViTBackbone
+
+            sizes = patches["patch_size"], depth, block["heads"], patches["width"], block["mlp"]
+            peer = ViTBackbone(shape, *sizes, use_class_token=tokens["class_token"])
+            runs |= {f"keras_hub {mode}": _keras(peer, images, jit) for mode, jit in modes}
+        if _installed("timm") and _installed("torch"):
+            runs["timm eager"] = _timm(shape, depth, tokens, patches, block, images)
+    return runs, model
+
+
+def _keras(model, images, jit):
+    model = keras.Model(model.inputs[0], model.outputs[0])  # the same layers and weights, compiled apart
+    model.compile(jit_compile=jit)
+    return lambda: model.predict_on_batch(images)
+
+
+def _timm(shape, depth, tokens, patches, block, images):
+    import torch
+    from timm.models.vision_transformer import VisionTransformer
+
+    model = VisionTransformer(
+        img_size=shape[:2], patch_size=patches["patch_size"], embed_dim=patches["width"], depth=depth, num_heads=block["heads"],
+        mlp_ratio=block["mlp"] / patches["width"], class_token=tokens["class_token"],
+        global_pool="token" if tokens["class_token"] else "avg",
+    ).eval()  # fmt: skip
+    images = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+
+    @torch.inference_mode()
+    def run():
+        return model(images).numpy()
+
+    return run
+
+
+def _matrix_products():
+    """One call of the ceiling; each product is waited for by copying a single number of it."""
+    a, b = (keras.ops.convert_to_tensor(np.random.default_rng(i).random((SIDE, SIDE), np.float32)) for i in (0, 1))
+
+    def run():
+        for _ in range(PRODUCTS):
+            keras.ops.convert_to_numpy(keras.ops.matmul(a, b)[0, 0])
+
+    return run
+
+
+def measure(runs, rounds):
+    """{label: seconds of each call} and {label: CPU seconds of each call}, all labels in turn in every round."""
+    seconds, cpu = {label: [] for label in runs}, {label: [] for label in runs}
+    for run in runs.values():
+        run(), run()  # trace, compile, allocate
+    for _ in range(rounds):
+        for label, run in runs.items():
+            for _ in range(CALLS):
+                before, before_cpu = time.perf_counter(), time.process_time()
+                run()
+                seconds[label].append(time.perf_counter() - before)
+                cpu[label].append(time.process_time() - before_cpu)
+    return seconds, cpu
+
+
+def report(name, image=None, batch=8, rounds=6):
+    """Measures and returns the record that `main` prints and writes: settings, rates in images/s, ratios, machine, versions."""
+    runs, model = contenders(name, image, batch)
+    seconds, cpu = measure(runs | {"ceiling": _matrix_products()}, rounds)
+    gflops = [2e-9 * PRODUCTS * SIDE**3 / s for s in seconds.pop("ceiling")]
+    gflop = gflop_per_image(model)
+    rates = {
+        label: {
+            "median": batch / statistics.median(times),
+            "max": batch / min(times),
+            "cpu_seconds_per_image": statistics.median(cpu[label]) / batch,
+            "seconds": times,
+        }
+        for label, times in seconds.items()
+    }
+    best = {}
+    for label, rate in rates.items():
+        side = label.split()[0]
+        best[side] = max(best.get(side, 0), rate["median"])
+    ours = best.pop("keras_vit")
+    ratios = {f"keras_vit / {side}": ours / rate for side, rate in best.items()}
+    ceiling = {"gflops_median": statistics.median(gflops), "gflops_max": max(gflops), "gflop_per_image": gflop}
+    if gflop:
+        ceiling |= {"median": ceiling["gflops_median"] / gflop, "max": ceiling["gflops_max"] / gflop}
+        ratios["keras_vit / ceiling"] = ours / ceiling["median"]
+    return {
+        "model": name, "input_shape": model.input_shape[1:], "batch": batch, "rounds": rounds, "calls_per_round": CALLS,
+        "dtype": "float32", "backend": keras.config.backend(), "images_per_second": rates, "ceiling": ceiling, "ratios": ratios,
+        "machine": _machine(), "versions": _versions(),
+    }  # fmt: skip
+
+
+def _machine():
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    devices = None if keras.config.backend() == "torch" else keras.distribution.list_devices()  # Keras lists none on PyTorch
+    return {"cpu": names[0] if names else platform.processor(), "cores": cores, "devices": devices}
+
+
+def _installed(module):
+    return importlib.util.find_spec(module) is not None
+
+
+def _versions():
+    found = {}
+    for package in ("keras", "tensorflow", "jax", "torch", "keras-hub", "timm", "numpy"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return {"python": platform.python_version(), "keras_vit": keras_vit.__version__, **found}
+
+
+def _print(record):
+    machine, ceiling = record["machine"], record["ceiling"]
+    print(f"{record['model']} {record['input_shape']}, batch {record['batch']}, float32, {record['backend']}")
+    print(f"{machine['cpu']}, {machine['cores']} cores; {record['rounds']} rounds of {record['calls_per_round']} calls each")
+    print(", ".join(f"{package} {version or 'absent'}" for package, version in record["versions"].items()))
+    print(f"{'images/s':20} {'median':>8} {'max':>8} {'cpu-s/image':>12}")
+    for label, rate in record["images_per_second"].items():
+        print(f"{label:20} {rate['median']:8.2f} {rate['max']:8.2f} {rate['cpu_seconds_per_image']:12.4f}")
+    if "median" in ceiling:
+        print(f"{'ceiling':20} {ceiling['median']:8.2f} {ceiling['max']:8.2f}")
+        rate = f"{ceiling['gflops_median']:.0f} GFLOP/s (best {ceiling['gflops_max']:.0f}) of a float32 {SIDE}^3 product"
+        print(f"the ceiling is {rate} / {ceiling['gflop_per_image']:.4g} GFLOP an image")
+    print("graph, jit: predict_on_batch without and with jit_compile; in the ratios of medians each side's better one counts")
+    for label, ratio in record["ratios"].items():
+        print(f"{label:24} {ratio:.3f}")
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.throughput", description=__doc__.partition("\n")[0])
+    parser.add_argument("name", help="a registered model: keras_vit.list_models()")
+    parser.add_argument("--image", type=int, help="side in pixels; the model's own default, mostly 224, if left out")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--json", type=Path, help="file for the record, with every call's seconds")
+    given = parser.parse_args(arguments)
+    if min(given.batch, given.rounds, given.image or 1) < 1:
+        parser.error(f"--image, --batch and --rounds must be at least 1, got {given.image}, {given.batch}, {given.rounds}")
+    record = report(given.name, given.image, given.batch, given.rounds)
+    _print(record)
+    if given.json:
+        given.json.parent.mkdir(parents=True, exist_ok=True)
+        given.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
