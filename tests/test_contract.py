@@ -200,8 +200,9 @@ def test_a_rectangular_checkpoint_brings_its_own_size(tmp_path):
     assert keras_vit.ViT_mu(weights=tmp_path / "wide.npz", classes=2).input_shape == (None, 16, 64, 3)
 
 
-def test_facts_survive_saving(checkpoint, tmp_path):
-    model = keras_vit.ViT_mu(weights=checkpoint)
+@pytest.mark.parametrize("include_preprocessing", [False, True])
+def test_facts_survive_saving(checkpoint, tmp_path, include_preprocessing):
+    model = keras_vit.ViT_mu(weights=checkpoint, include_preprocessing=include_preprocessing)
     model.save(tmp_path / "m.keras")
     again = keras.saving.load_model(tmp_path / "m.keras")
     assert again.weights_info == model.weights_info
