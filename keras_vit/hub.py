@@ -21,6 +21,7 @@ from keras_vit.errors import ExportError
 from keras_vit.zoo import tap, zero_head
 
 INPUT_RANGES = {"unit": (255.0, 0.0), "minus1_1": (127.5, 127.5)}  # a module's input to 0..255: x * scale + offset
+BATCH = 32  # images that `check` gives the module at once
 PARTS = {"saved_model.pb", "variables", "assets", "fingerprint.pb"}  # what TensorFlow writes into a module's folder
 
 
@@ -83,7 +84,7 @@ def check(path, images):
 
     Returns:
         Two float arrays of the module's outputs, (batch, ...): "load" by `hub.load(path)(images)`, "keras_layer" by
-        `hub.KerasLayer(path, trainable=True)` in a tf_keras model, through `predict`. The CPU computes, 32 images at a time.
+        `hub.KerasLayer(path, trainable=True)` in a tf_keras model, through `predict`. The CPU computes, `BATCH` images at a time.
 
     Raises:
         ExportError: the module cannot be loaded or called on these images; the other process's last lines are in the message.
@@ -98,11 +99,11 @@ def _outputs(folder, images, named):
         given, taken = Path(between, "images.npz"), Path(between, "outputs.npz")
         np.savez(given, images=np.asarray(images, np.float32))
         source = f"{inspect.getsource(_as_a_stranger)}\nimport sys\n_as_a_stranger(*sys.argv[1:])"
-        _run(["-c", source, folder, given, taken], "loading and calling it in another process", named)
+        _run(["-c", source, folder, given, taken, BATCH], "loading and calling it in another process", named)
         return _arrays(taken)
 
 
-def _as_a_stranger(path, given, taken):
+def _as_a_stranger(path, given, taken, batch):
     """Runs in another process from its source text alone, so all it has is what it imports."""
     import numpy as np
     import tensorflow as tf
@@ -111,10 +112,11 @@ def _as_a_stranger(path, given, taken):
 
     with np.load(given, allow_pickle=False) as arrays:
         images = arrays["images"]
+    batch = int(batch)
     module = hub.load(path)
-    loaded = [module(tf.constant(images[i : i + 32])).numpy() for i in range(0, len(images), 32)]
+    loaded = [module(tf.constant(images[i : i + batch])).numpy() for i in range(0, len(images), batch)]
     model = tf_keras.Sequential([tf_keras.Input(images.shape[1:]), hub.KerasLayer(path, trainable=True)])
-    np.savez(taken, load=np.concatenate(loaded), keras_layer=model.predict(images, batch_size=32, verbose=0))
+    np.savez(taken, load=np.concatenate(loaded), keras_layer=model.predict(images, batch_size=batch, verbose=0))
 
 
 def _check_model(model, path):

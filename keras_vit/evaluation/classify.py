@@ -80,7 +80,7 @@ def accuracy(model, batches):
         )
     right = count = 0
     for images, labels in batches:
-        best = np.argmax(model.predict_on_batch(images), axis=-1)
+        best = np.argmax(model.predict_on_batch(np.asarray(images)), axis=-1)  # JAX takes no TensorFlow tensors
         right += int(np.sum(best == np.argmax(np.asarray(labels), axis=-1)))
         count += len(best)
     if not count:

@@ -1,0 +1,1 @@
+"""Configurations of `python -m keras_vit.main`, with the original's names, keys and defaults."""

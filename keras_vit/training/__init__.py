@@ -1,0 +1,1 @@
+"""Training: learning-rate schedules, the original's optimizer, accumulation inside the step, and what a run reports."""

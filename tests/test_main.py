@@ -1,0 +1,250 @@
+"""The main job, from its command line: configurations, mistakes, and one run from a folder of JPEGs to a module."""
+
+import json
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import keras_vit
+from keras_vit import errors, main, zoo
+from keras_vit.configs import augreg, common, digits, models, vit
+from keras_vit.data import pipeline
+
+# vit_jax/configs/common.py of the original
+ORIGINAL = dict(
+    pretrained_dir=".", dataset=None, tfds_manual_dir=None, tfds_data_dir=None, total_steps=None, grad_norm_clip=1.0,
+    optim_dtype="bfloat16", accum_steps=8, batch=512, batch_eval=512, shuffle_buffer=50_000, eval_every=100, progress_every=10,
+    checkpoint_every=1_000, prefetch=2, base_lr=0.03, decay_type="cosine", warmup_steps=500, trainer="train", model=None,
+    model_or_filename=None, pp=None,
+)  # fmt: skip
+TOY = [
+    "--config=vit.py:ViT_mu,{folder}",
+    "--config.pp.crop=16",
+    "--config.batch=4",
+    "--config.accum_steps=2",
+    "--config.warmup_steps=1",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """{train,test}/{dark,light}/*.jpg, 6 images each."""
+    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for split in ("train", "test"):
+        for name, low in (("dark", 0), ("light", 155)):
+            (root / split / name).mkdir(parents=True)
+            for i in range(6):
+                image = rng.integers(low, low + 100, (20 + i, 24, 3), np.uint8)
+                (root / split / name / f"{i}.jpg").write_bytes(tf.io.encode_jpeg(image).numpy())
+    return root
+
+
+def command(workdir, *options):
+    return main.main(["main", f"--workdir={workdir}", *options])
+
+
+def toy(folder, *options):
+    return [option.format(folder=folder) for option in TOY] + list(options)
+
+
+def test_a_folder_of_jpegs_trains_evaluates_and_is_exported(folder, tmp_path, capsys):
+    options = toy(
+        folder, "--config.total_steps=6", "--config.pretrained_dir=", "--config.progress_every=2", "--config.eval_every=3"
+    )
+    assert command(tmp_path / "run", *options) == 0
+    out = capsys.readouterr().out
+    assert "step 6/6 100.0%" in out and "img/s/core" in out and "step 3/6 test accuracy" in out
+    module = next(line for line in out.splitlines() if "hub.KerasLayer" in line)
+    assert "test accuracy" in module and "maximum difference" in module
+    assert module in (tmp_path / "run/train.log").read_text()
+    names = {path.name.split(".tfevents")[0] for path in (tmp_path / "run").iterdir()}
+    assert names == {"model.keras", "model.npz", "module", "train.log", "events.out"}
+
+    model = keras.saving.load_model(tmp_path / "run/model.keras")
+    again = keras_vit.ViT_mu(classes=2, weights=tmp_path / "run/model.npz", input_shape=(16, 16, 3))
+    source = pipeline.open_source(folder, "test")
+    images, labels = next(iter(pipeline.eval_batches(source, size=16, batch=12)))
+    scores = model.predict(images, verbose=0)
+    np.testing.assert_allclose(scores.sum(-1), 1.0, rtol=1e-5)
+    np.testing.assert_allclose(again.predict(images, verbose=0), scores, atol=1e-6)
+    share = float(np.mean(scores.argmax(-1) == np.argmax(labels, -1)))
+    assert f"test accuracy {share:.4f}, maximum" in module
+
+    assert command(tmp_path / "run", *options) == 1
+    assert "model.keras, model.npz, module is there" in capsys.readouterr().err
+
+
+def test_pretrained_folder_is_loaded_with_a_new_head_of_zeros(folder, tmp_path, capsys):
+    saved = keras_vit.ViT_mu(classes=7, weights=None, representation_size=24)
+    keras_vit.save_npz(saved, tmp_path / "ViT_mu.npz")
+    options = toy(
+        folder, f"--config.pretrained_dir={tmp_path}", "--config.total_steps=2", "--config.base_lr=0", "--noconfig.export"
+    )
+    assert command(tmp_path / "run", *options) == 0
+    before, after = np.load(tmp_path / "ViT_mu.npz"), np.load(tmp_path / "run/model.npz")
+    assert set(before.files) - set(after.files) == {"pre_logits/kernel", "pre_logits/bias"}
+    assert after["head/kernel"].shape == (64, 2) and not after["head/kernel"].any()
+    assert after["Transformer/posembed_input/pos_embedding"].shape == (1, 5, 64)  # 4 x 4 resampled to 2 x 2
+    name = "Transformer/encoderblock_1/MlpBlock_3/Dense_0/kernel"
+    np.testing.assert_array_equal(after[name], before[name])
+    assert not (tmp_path / "run/module").exists()
+
+
+def test_missing_checkpoint_is_named_and_nothing_is_written(folder, tmp_path, capsys):
+    assert command(tmp_path / "run", *toy(folder, f"--config.pretrained_dir={tmp_path}/none")) == 1
+    message = capsys.readouterr().err
+    assert f"{tmp_path}/none/ViT_mu.npz" in message and "gs://vit_models/imagenet21k" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_unreadable_images_are_named_and_nothing_is_stored(folder, tmp_path, capsys):
+    options = toy(folder, "--config.total_steps=6", "--config.pretrained_dir=")
+    broken = folder / "train/dark/broken.jpg"
+    whole = (folder / "train/dark/0.jpg").read_bytes()
+    try:
+        for content in (b"", whole[: len(whole) // 3]):
+            broken.write_bytes(content)
+            assert command(tmp_path / "run", *options) == 1
+            assert str(broken) in capsys.readouterr().err
+            assert not any((tmp_path / "run" / name).exists() for name in main.RESULTS)
+    finally:
+        broken.unlink()
+
+
+@pytest.mark.parametrize("dataset", ["no_such_dataset_", "empty"])
+def test_unusable_data_end_with_one_message(dataset, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    name = dataset if dataset != "empty" else str(tmp_path / "empty")
+    assert command(tmp_path / "run", f"--config=vit.py:ViT_mu,{name}", "--config.pretrained_dir=") == 1
+    message = capsys.readouterr().err
+    assert name in message and message.startswith("DataError") and "Traceback" not in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_common_has_every_key_of_the_original_with_its_default():
+    config = common.get_config()
+    assert {key: config[key] for key in ORIGINAL} == ORIGINAL
+    assert set(config) - set(ORIGINAL) == {"seed", "augment", "label_smoothing", "position_stddev", "export"}
+    with pytest.raises(AttributeError):
+        config.batches = 3
+
+
+def test_vit_config_has_the_original_values():
+    config = vit.get_config("b16,cifar10")
+    assert (config.base_lr, config.total_steps, config.dataset, config.batch) == (0.01, 10_000, "cifar10", 512)
+    assert config.pp.to_dict() == {"train": "train[:98%]", "test": "test", "crop": 384}
+    assert config.model.to_dict() == {
+        "model_name": "ViT-B_16",
+        "patches": {"size": (16, 16)},
+        "hidden_size": 768,
+        "transformer": {"mlp_dim": 3072, "num_heads": 12, "num_layers": 12, "attention_dropout_rate": 0.0, "dropout_rate": 0.0},
+        "classifier": "token",
+        "representation_size": None,
+    }
+    assert vit.get_config("l16,cifar10").base_lr == 0.03
+    assert vit.get_config("l16,imagenet2012").model.transformer.dropout_rate == 0.1
+    assert vit.get_config("l16,imagenet2012").pp.to_dict() == {"train": "train[:99%]", "test": "validation", "crop": 384}
+    assert vit.get_config("s16_gap_norep,cifar100").model.classifier == "gap"
+    assert vit.get_config("h14,cifar100").pp.crop == 378
+    assert vit.get_config("ViT_B16,some/folder").pp.to_dict() == {"train": "train", "test": "test", "crop": 224}
+
+
+def test_augreg_config_has_the_original_values_and_finds_its_files():
+    config = augreg.get_config("B_16")
+    assert (config.base_lr, config.total_steps, config.warmup_steps, config.dataset) == (0.03, 500, 100, "")
+    assert config.pp.to_dict() == {"train": "train", "test": "test", "resize": 448, "crop": 384}
+    assert main.pretrained_file(config) == (
+        "gs://vit_models/augreg/B_16-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.0-sd_0.0.npz"
+    )
+    assert augreg.get_config("L_16").model.transformer.dropout_rate == 0.0
+    name = "Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0"
+    config = augreg.get_config(name)
+    assert config.model.model_name == "ViT-Ti_16" and main.pretrained_file(config).endswith(f"/{name}.npz")
+
+
+@pytest.mark.parametrize("name", sorted(zoo.VARIANTS))
+def test_every_row_has_a_config_that_builds_it(name):
+    row = zoo.VARIANTS[name]
+    arguments = models.arguments(models.from_row(row))
+    patch = row.arguments["patch_size"]
+    assert arguments["patch_size"] == (patch, patch)
+    for key, value in row.arguments.items():
+        assert key == "patch_size" or arguments[key] == value
+    assert all(models.find_row(key, models.vit_rows()) is row for key in (row.name, *row.upstream))
+
+
+def test_without_config_the_digits_are_trained_and_overrides_apply():
+    config, workdir = main.parse(
+        ["main", "--workdir=somewhere", "--config.seed=3", "--config.pp.crop=16", "--config.total_steps=5"]
+    )
+    assert (workdir, config.dataset, config.seed, config.pp.crop, config.total_steps) == ("somewhere", "digits", 3, 16, 5)
+    assert config.model == digits.get_config().model and main.pretrained_file(config) is None
+    config, _ = main.parse(["main", "--workdir=w", "--config=augreg.py:B_16", "--config.model.representation_size=768",
+                            "--config.dataset=pets", "--config.tfds_data_dir=/data", "--noconfig.export"])  # fmt: skip
+    assert (config.model.representation_size, config.dataset, config.tfds_data_dir) == (768, "pets", "/data")
+    assert config.export is False
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        (["--config=vit.py:b16,cifar10", "--config.base_lrr=1"], "no key 'base_lrr'; nearest: base_lr"),
+        (["--config=digits", "--config.pp.trian=x"], "no key 'pp.trian'; nearest: pp.train"),
+        (["--config=digits", "--config.batch=many"], "--config.batch=many"),
+        (["--config=digits", "--config.base_lr=fast"], "--config.base_lr=fast"),
+        (["--config=digits", "--config.augment=flip"], "config.augment must be one of 'crop_flip', 'shift', 'none', got 'flip'"),
+        (["--config=digits", "--config.batch=9", "--config.accum_steps=2"], "multiple of config.accum_steps, got 9 and 2"),
+        (["--config=digits", "--config.total_steps=50"], "warmup_steps must be less than config.total_steps, got 100 and 50"),
+        (["--config=digits", "--config.batch=0"], "config.batch must be at least 1, got 0"),
+        (["--config=digits", "--config.pp.crop=9"], "9 x 9 cannot be cut into patches of 2 x 2"),
+        (["--config=vit.py:b17,cifar10"], "'b17' is no model of this configuration; nearest: b16"),
+        (["--config=vit.py:b16"], "vit.py expects MODEL,DATASET"),
+        (["--config=augreg.py:B_16-i21k"], "no AugReg file name"),
+        (["--config=augreg.py:B_16"], "config.dataset is not set"),
+        (["--config=nothing.py"], "no file 'nothing.py'; this package has augreg.py, digits.py, vit.py"),
+        (["--confg=digits"], "Unknown command line flag 'confg'"),
+        (["digits"], "expected options only, got digits"),
+    ],
+)
+def test_a_mistake_is_one_message_and_nothing_is_written(options, expected, tmp_path, capsys):
+    assert command(tmp_path / "run", *options) == 1
+    message = capsys.readouterr().err
+    assert expected in message and "Traceback" not in message and len(message.strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_workdir_is_required_and_help_describes_the_job(capsys):
+    assert main.main(["main"]) == 1
+    assert "--workdir=DIR is needed" in capsys.readouterr().err
+    assert main.main(["main", "--help"]) == 0
+    assert "model.npz" in capsys.readouterr().out
+
+
+def test_a_module_that_differs_is_refused(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(main.hub, "export", lambda model, path: path)
+    monkeypatch.setattr(main.hub, "check", lambda path, images: {"keras_layer": np.full((len(images), 2), 0.5)})
+    options = toy(folder, "--config.total_steps=2", "--config.pretrained_dir=")
+    assert command(tmp_path / "run", *options) == 1
+    assert capsys.readouterr().err.startswith("ExportError")
+    assert (tmp_path / "run/model.npz").exists()
+
+
+def test_the_digits_benchmark_reports_its_mean(tmp_path, monkeypatch, capsys):
+    from benchmarks import digits as benchmark
+
+    results = {0: 0.98, 1: 0.95}
+    monkeypatch.setattr(
+        benchmark, "train", lambda config, workdir: main.Trained(None, None, None, results[config.seed], seconds=60.0)
+    )
+    for seeds, status, mean in (("0", 0, 0.98), ("0,1", 1, 0.965)):
+        monkeypatch.setattr("sys.argv", ["digits", f"--seeds={seeds}", f"--json={tmp_path / 'figures.json'}"])
+        assert benchmark.main() == status
+        assert json.loads((tmp_path / "figures.json").read_text())["accuracy"] == pytest.approx(mean)
+    assert "seed 1: test accuracy 0.9500" in capsys.readouterr().out
+
+
+def test_errors_of_the_job_belong_to_the_package():
+    with pytest.raises(errors.ConfigError):
+        main.check_config(common.get_config())
