@@ -69,7 +69,7 @@ def contenders(name, image, batch):
             sizes = patches["patch_size"], depth, block["heads"], patches["width"], block["mlp"]
             peer = ViTBackbone(shape, *sizes, use_class_token=tokens["class_token"])
             runs |= {f"keras_hub {mode}": _keras(peer, images, jit) for mode, jit in modes}
-        if _installed("timm") and _installed("torch"):
+        if all(map(_installed, ("timm", "torch", "torchvision"))):  # timm needs all three
             runs["timm eager"] = _timm(shape, depth, tokens, patches, block, images)
     return runs, model
 

@@ -42,9 +42,11 @@ class Attention(keras.layers.Layer):
 
     def call(self, x, training=None, tap=None):
         """Returns (b, n, d), or the attention weights (b, heads, query, key) in float32 with tap="scores"."""
-        width, size = x.shape[-1], x.shape[-1] // self.heads
+        tokens, width = x.shape[1:]
+        size = width // self.heads
+        x = ops.reshape(x, (-1, width))  # one matrix product over all tokens is faster than one for each image
         qkv = ops.matmul(x, ops.reshape(self.qkv_kernel, (width, 3 * width))) + ops.reshape(self.qkv_bias, (3 * width,))
-        qkv = ops.reshape(qkv, (-1, x.shape[1], 3, self.heads, size))
+        qkv = ops.reshape(qkv, (-1, tokens, 3, self.heads, size))
         if tap is None and self._fused(x, training):
             q, k, v = ops.unstack(qkv, 3, axis=2)
             mixed = ops.dot_product_attention(q, k, v, scale=size**-0.5)
@@ -56,8 +58,8 @@ class Attention(keras.layers.Layer):
                 return scores
             scores = self.dropout(ops.cast(scores, self.compute_dtype), training=training)
             mixed = ops.transpose(ops.matmul(scores, v), (0, 2, 1, 3))
-        mixed = ops.reshape(mixed, (-1, x.shape[1], width))
-        return ops.matmul(mixed, ops.reshape(self.out_kernel, (width, width))) + self.out_bias
+        mixed = ops.matmul(ops.reshape(mixed, (-1, width)), ops.reshape(self.out_kernel, (width, width))) + self.out_bias
+        return ops.reshape(mixed, (-1, tokens, width))
 
     def _fused(self, x, training):
         if training and self.dropout_rate:
