@@ -90,6 +90,11 @@ def test_positions_are_resampled_as_scipy_zooms_at_every_size(old):
         assert adapt.loses_edge(old, new) == (not expected[-1].any())
 
 
+def test_a_table_of_absurd_length_is_refused_from_its_shape():
+    with pytest.raises(errors.CheckpointMismatchError, match="at most 65536 positions"):
+        adapt.Positions("p", (14, 14), class_token=False).source_grid((1, 10_000**2, 4), 4)
+
+
 def test_an_edge_lost_by_the_originals_resampling_is_reported():
     assert "becomes 0" in adapt.Positions("p", (22, 22), False).describe((1, 576, 4), 4)
     assert "becomes 0" not in adapt.Positions("p", (14, 14), False).describe((1, 576, 4), 4)

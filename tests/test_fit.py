@@ -18,7 +18,7 @@ def trained():
     )
     model.compile(keras.optimizers.AdamW(2e-3), keras.losses.CategoricalCrossentropy(), metrics=["accuracy"])
     batches = pipeline.train_batches(train, size=8, batch=64, augment=False)
-    history = model.fit(batches, epochs=3, steps_per_epoch=40, verbose=0)
+    history = model.fit(batches, epochs=8, steps_per_epoch=40, verbose=0)
     return model, history.history
 
 

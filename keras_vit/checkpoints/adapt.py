@@ -6,6 +6,8 @@ import numpy as np
 
 from keras_vit import errors
 
+MAX_POSITIONS = 2**16  # rows of a file's table; 1,024 pixels in patches of 8 have 16,384
+
 
 def resample_grid(grid, size):
     """(h, w, d) -> (h', w', d): corner-aligned linear resampling, without antialiasing when shrinking.
@@ -57,6 +59,8 @@ class Positions:
         """The (h, w) that a table of this shape holds. Raises CheckpointMismatchError if it cannot be one of this model's."""
         if len(shape) != 3 or shape[0] != 1 or shape[2] != width:
             raise errors.CheckpointMismatchError(f"{self.name}: expected shape (1, n, {width}), got {shape}")
+        if shape[1] > MAX_POSITIONS:  # known before anything is inflated
+            raise errors.CheckpointMismatchError(f"{self.name}: expected at most {MAX_POSITIONS} positions, got {shape[1]}")
         rows = shape[1] - self.class_token
         if self.file_grid in (None, "square"):
             side = math.isqrt(max(rows, 0))
