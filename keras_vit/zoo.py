@@ -53,23 +53,23 @@ class Model(keras.Model):
             include_preprocessing, adapted, ignored, reset (lists of text), zero_head.
     """
 
-    _facts = None
+    _facts = {}  # replaced, never changed in place: a clone by Keras starts without any
 
     @property
     def family(self):
-        return self._facts["family"]
+        return self._facts.get("family")
 
     @property
     def variant(self):
-        return self._facts["variant"]
+        return self._facts.get("variant")
 
     @property
     def weights_info(self):
-        return self._facts["weights_info"]
+        return self._facts.get("weights_info", {})
 
     def remember(self, **facts):
         """Replaces facts, which Keras must not track as state."""
-        object.__setattr__(self, "_facts", {**(self._facts or {}), **facts})
+        object.__setattr__(self, "_facts", {**self._facts, **facts})
 
     def get_config(self):
         return {**super().get_config(), "keras_vit": self._facts}
@@ -231,7 +231,8 @@ class Contract:
             reset_head=self.include_top and not self.keeps_head,
             grid="square" if record.published else None,
         )
-        model.weights_info.update(source=record.source, resolution=record.resolution, licence=record.licence)
+        known = dict(source=record.source, resolution=record.resolution, licence=record.licence)
+        model.remember(weights_info={**model.weights_info, **known})
         if self.include_top and not self.keeps_head:
             in_file = self.stored("head/kernel")
             _log.warning(
@@ -403,7 +404,10 @@ def variant(name, builder, *, params, weights=None, upstream=(), resolution=224,
     signature = shared.replace(parameters=parameters)
 
     def build(*args, **kwargs):
-        bound = signature.bind(*args, **kwargs)
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{name}() {error}; its arguments are {', '.join(signature.parameters)}.") from None
         bound.apply_defaults()
         values = bound.arguments
         if values["weights"] is not None and not isinstance(values["weights"], Weights):

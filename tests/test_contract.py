@@ -211,6 +211,13 @@ def test_facts_survive_saving(checkpoint, tmp_path, include_preprocessing):
         assert all(one[key].tobytes() == two[key].tobytes() for key in two)
 
 
+def test_a_clone_without_its_facts_is_a_model_but_not_one_to_load_into(checkpoint):
+    clone = keras.models.clone_model(keras_vit.ViT_mu(weights=checkpoint))
+    assert clone.predict_on_batch(images()).shape == (2, 7)
+    with pytest.raises(errors.ArgumentError, match="built by keras_vit"):
+        keras_vit.load_weights(clone, checkpoint)
+
+
 def test_a_tap_in_a_rewired_model_belongs_to_that_model():
     model = randomise(mu(classes=4))
     inputs = keras.Input((32, 32, 3))
@@ -254,6 +261,11 @@ def test_dropout_is_alive_in_training_only():
     x = images()
     assert np.abs(np.array(model(x, training=True)) - np.array(model(x, training=True))).max() > 1e-4
     np.testing.assert_array_equal(np.array(model(x)), np.array(model(x)))
+
+
+def test_an_unknown_keyword_is_answered_with_the_known_ones():
+    with pytest.raises(TypeError, match=r"ViT_mu\(\) got an unexpected keyword argument 'clases'; its arguments are .* classes"):
+        mu(clases=3)
 
 
 def test_heads_must_divide_the_width():

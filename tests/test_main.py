@@ -113,6 +113,16 @@ def test_unreadable_images_are_named_and_nothing_is_stored(folder, tmp_path, cap
         broken.unlink()
 
 
+def test_a_tfds_name_trains_with_the_originals_preset(tmp_path, capsys):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    options = ["--config=vit.py:ViT_mu,cifar10", "--config.pp.train=train", "--config.pp.crop=16", "--config.batch=8"]
+    options += ["--config.total_steps=2", "--config.warmup_steps=1", "--config.pretrained_dir=", "--noconfig.export"]
+    with tfds.testing.mock_data(num_examples=12):
+        assert command(tmp_path / "run", *options) == 0, capsys.readouterr().err
+    assert "cifar10: an unknown number of images" in capsys.readouterr().out
+    assert keras.saving.load_model(tmp_path / "run/model.keras").output_shape == (None, 10)
+
+
 @pytest.mark.parametrize("dataset", ["no_such_dataset_", "empty"])
 def test_unusable_data_end_with_one_message(dataset, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
