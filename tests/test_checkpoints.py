@@ -132,10 +132,11 @@ def test_loading_reports_every_list_in_one_error_and_leaves_the_model_alone(tmp_
         assert part in text, (part, text)
 
 
-@pytest.mark.parametrize("layout", ["pre-linen", "linen"])
-def test_both_layouts_load_and_write_back_the_same_bits(tmp_path, layout):
+@pytest.mark.parametrize("layout", ["pre-linen", "linen", "params/linen", "opt/target/pre-linen"])
+def test_every_layout_is_recognised_and_writes_back_the_same_bits(tmp_path, layout):
     first = model()
     keras_vit.save_npz(first, tmp_path / "a.npz", layout=layout)
+    assert ("params/" in layout) == ("params/head/kernel" in files.Npz(tmp_path / "a.npz").entries)
     second = model()
     keras_vit.load_weights(second, tmp_path / "a.npz")
     assert second.weights_info["layout"] == layout

@@ -52,6 +52,10 @@ class Names:
     def __init__(self, *rules):
         self.rules = [r for group in rules for r in (group if isinstance(group, list) else [group])]
 
+    def under(self, prefix):
+        """The same map for a file that has all its arrays under `prefix`, such as "params/"."""
+        return Names([dataclasses.replace(r, original=Template(prefix + r.original.text)) for r in self.rules])
+
     def to_ours(self, original):
         """[(our name, transform)] of every rule that claims an original name: one, unless the file or the map is wrong."""
         matches = ((r, r.original.match(original)) for r in self.rules)

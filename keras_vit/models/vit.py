@@ -152,12 +152,15 @@ def _adapters(model, file_grid):
     return {"tokens/positions": Positions("tokens/positions", tokens.grid, tokens.class_token, file_grid)}
 
 
+NAMES = {
+    "pre-linen": _names("LayerNorm_0", "MultiHeadDotProductAttention_1", "LayerNorm_2", "MlpBlock_3"),
+    "linen": _names("LayerNorm_0", "MultiHeadDotProductAttention_0", "LayerNorm_1", "MlpBlock_0"),
+}
+ROOTS = ("", "params/", "opt/target/")  # bare as released, and as training jobs of the original store them
+
 FAMILY = Family(
     "ViT",
-    layouts={
-        "pre-linen": _names("LayerNorm_0", "MultiHeadDotProductAttention_1", "LayerNorm_2", "MlpBlock_3"),
-        "linen": _names("LayerNorm_0", "MultiHeadDotProductAttention_0", "LayerNorm_1", "MlpBlock_0"),
-    },
+    layouts={f"{root}{style}": names.under(root) for root in ROOTS for style, names in NAMES.items()},
     adapters=_adapters,
     grid=lambda model: model.get_layer("tokens").grid,
 )
