@@ -138,7 +138,7 @@ def _round_trip(case, model, checkpoint):
         path = pathlib.Path(folder, "again.npz")
         keras_vit.save_npz(model, path)
         first, again = Npz(checkpoint), Npz(path)
-        if list(first.entries) != list(again.entries) and set(first.entries) != set(again.entries):
+        if set(first.entries) != set(again.entries):
             case.problems.append("save_npz wrote other keys")
         elif any(first.read(key).tobytes() != again.read(key).tobytes() for key in first.entries):
             case.problems.append("save_npz wrote other bits")

@@ -5,6 +5,7 @@ import difflib
 import fnmatch
 import inspect
 import logging
+import numbers
 import os
 import warnings
 
@@ -111,6 +112,11 @@ def zero_head(model):
     return not np.any(load.to_numpy(heads[0].kernel))
 
 
+def _whole(number):
+    """Whether an argument is a whole number above 0, Python's or numpy's."""
+    return isinstance(number, numbers.Integral) and not isinstance(number, bool) and number > 0
+
+
 class Contract:
     """The arguments that every constructor shares, resolved: where weights come from, what goes in, what comes out.
 
@@ -122,30 +128,31 @@ class Contract:
     ):
         self.family, self.include_top = family, include_top
         self.input_tensor, self.input_shape, self.include_preprocessing = input_tensor, input_shape, include_preprocessing
+        if classes is not None and not _whole(classes):
+            raise errors.ArgumentError(f"{family.name}: classes must be a positive whole number or None, got {classes!r}.")
+        if classifier_activation != "auto":
+            try:
+                keras.activations.get(classifier_activation)
+            except ValueError as error:
+                raise errors.ArgumentError(
+                    f"{family.name}: classifier_activation must be 'auto', None or the name of a Keras activation, "
+                    f"got {classifier_activation!r}."
+                ) from error
         if weights is not None and not isinstance(weights, Weights):
             weights = find_weights(weights, family.name)
         self.record, self.archive = weights, None
         if weights is not None:
             self.archive = files.Npz(fetch.fetch(weights.source, weights.size))
-        if not (classes is None or (isinstance(classes, int) and not isinstance(classes, bool) and classes > 0)):
-            raise errors.ArgumentError(f"{family.name}: classes must be a positive whole number or None, got {classes!r}.")
         in_file = self.stored("head/kernel")
         if include_top and weights is not None and in_file is None and classes is None:
             raise errors.ArgumentError(
                 f"{weights.source}: has no classifier; pass classes=N for a new one, or include_top=False."
             )
-        self.classes = classes or (in_file[-1] if in_file else 1000)
+        self.classes = int(classes or (in_file[-1] if in_file else 1000))
         self.keeps_head = include_top and in_file is not None and in_file[-1] == self.classes
         if classifier_activation == "auto":
-            own = weights.activation if isinstance(weights, Weights) and weights.activation else head_activation(self.classes)
+            own = weights and (weights.activation or head_activation(self.classes))
             classifier_activation = own if self.keeps_head else "softmax"
-        try:
-            keras.activations.get(classifier_activation)
-        except ValueError as error:
-            raise errors.ArgumentError(
-                f"{family.name}: classifier_activation must be 'auto', None or the name of a Keras activation, "
-                f"got {classifier_activation!r}."
-            ) from error
         self.activation = classifier_activation
 
     def stored(self, name):
@@ -182,11 +189,12 @@ class Contract:
                 )
             shape = tensor.shape[1:]
         shape = (*size, 3) if shape is None else tuple(shape)
-        if len(shape) != 3 or shape[2] != 3 or not all(isinstance(side, int) and side > 0 for side in shape):
+        if len(shape) != 3 or shape[2] != 3 or not all(map(_whole, shape)):
             raise errors.ArgumentError(
                 f"{self.family.name}: input_shape must be (height, width, 3) in whole pixels, got {shape}; positions are learned "
                 f"for one size, so build a model for each, for example {(*size, 3)}."
             )
+        shape = tuple(map(int, shape))
         check(*shape[:2])
         self.size = shape[:2]
         self.source = keras.Input(shape, name="images") if tensor is None else tensor
@@ -304,7 +312,7 @@ def _recorded_grid(archive):
     grid = archive.metadata.get("grid")
     if grid is None:
         return None
-    if not (isinstance(grid, list) and len(grid) == 2 and all(isinstance(side, int) and side > 0 for side in grid)):
+    if not (isinstance(grid, list) and len(grid) == 2 and all(_whole(side) for side in grid)):
         raise errors.CheckpointFormatError(f"{archive.path}: its record of a position grid is {grid!r}, expected [h, w].")
     return tuple(grid)
 
@@ -381,10 +389,10 @@ class Variant:
 def find_weights(weights, name, variant=None, side=224):
     """The `Weights` record that a constructor's `weights` argument means: a tag, an AugReg file name, a path or a URL."""
     tags = variant.weights if variant else {}
-    if weights == "imagenet" and variant and variant.imagenet(side):
-        return tags[variant.imagenet(side)]
-    if weights in tags:
-        return tags[weights]
+    if isinstance(weights, str):
+        tag = variant.imagenet(side) if variant and weights == "imagenet" else weights
+        if tag in tags:
+            return tags[tag]
     if isinstance(weights, os.PathLike) or (isinstance(weights, str) and (weights.endswith(".npz") or "/" in weights)):
         return Weights(os.fspath(weights), classes=None, activation=None, licence=None, resolution=None, published=False)
     if isinstance(weights, str) and augreg.parse(weights):

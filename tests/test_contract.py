@@ -116,12 +116,26 @@ def test_activation_is_the_checkpoints_own_while_its_head_is_kept(checkpoint):
         (dict(pooling="max", include_top=False), "pooling in"),
         (dict(weights="imagnet"), "got 'imagnet'"),
         (dict(weights=3), "got 3"),
+        (dict(weights=["imagenet"]), r"got \['imagenet'\]"),
         (dict(weights="/no/such.npz"), "check the path"),
     ],
 )
 def test_an_argument_that_cannot_be_used_is_refused_with_what_to_do(kwargs, match):
     with pytest.raises(errors.ArgumentError, match=match):
         mu(**kwargs)
+
+
+def test_numpys_whole_numbers_are_whole_numbers(tmp_path):
+    model = mu(classes=np.int64(3), input_shape=(np.int32(16), 16, 3))
+    assert model.output_shape == (None, 3)
+    model.save(tmp_path / "m.keras")
+
+
+def test_an_argument_is_refused_before_anything_is_fetched(monkeypatch):
+    monkeypatch.setattr(zoo.fetch, "fetch", lambda *args: pytest.fail("fetched"))
+    for wrong in (dict(classes=0), dict(classifier_activation="sofmax")):
+        with pytest.raises(errors.ArgumentError):
+            keras_vit.ViT_B16(weights="imagenet21k", **wrong)
 
 
 def test_an_unknown_tag_lists_the_tags_and_a_variant_without_weights_never_is_random():
