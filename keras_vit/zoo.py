@@ -142,7 +142,7 @@ class Contract:
             weights = find_weights(weights, family.name)
         self.record, self.archive = weights, None
         if weights is not None:
-            self.archive = files.Npz(fetch.fetch(weights.source, weights.size))
+            self.archive = files.Npz(fetch.fetch(weights.source, weights.size).path)
         in_file = self.stored("head/kernel")
         if include_top and weights is not None and in_file is None and classes is None:
             raise errors.ArgumentError(
@@ -289,7 +289,7 @@ def load_weights(model, path, *, ignore=(), reset_head=False, grid=None):
         errors.CheckpointFormatError: not an intact file; the model is unchanged.
     """
     family, weights = _ours(model, "load_weights")
-    archive = path if isinstance(path, files.Npz) else files.Npz(fetch.fetch(path))
+    archive = path if isinstance(path, files.Npz) else files.Npz(fetch.fetch(path).path)
     head = [name for name in weights if name.startswith("head/")]
     if reset_head and not head:
         raise errors.ArgumentError(f"load_weights: {model.name!r} has no head to reset; leave reset_head out.")

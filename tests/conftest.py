@@ -1,3 +1,4 @@
+import os
 import pathlib
 
 import numpy as np
@@ -21,3 +22,11 @@ def _same_random_numbers():
     import keras
 
     keras.utils.set_random_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    """No test sees the user's settings or cache, nor leaves anything there."""
+    for name in [name for name in os.environ if name.startswith("KERAS_VIT_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("KERAS_VIT_HOME", str(tmp_path_factory.mktemp("home")))

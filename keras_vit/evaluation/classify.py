@@ -20,17 +20,20 @@ def class_names(classes):
         errors.ArgumentError: another number of classes, whose names only the caller knows.
     """
     if classes == 1000:
-        index = json.loads(fetch(_IMAGENET1K).read_text())
+        index = json.loads(fetch(_IMAGENET1K).path.read_text())
         names = [tuple(index[str(i)]) for i in range(1000)]
     elif classes == IMAGENET21K:
-        ids, lemmas = (fetch(url).read_text().splitlines() for url in _IMAGENET21K)
+        ids, lemmas = (fetch(url).path.read_text().splitlines() for url in _IMAGENET21K)
         names = list(zip(ids, lemmas))
     else:
         raise errors.ArgumentError(
             f"class names are known for 1000 and {IMAGENET21K} classes, not for {classes}; pass labels=[...] of that length."
         )
     if len(names) != classes:
-        raise errors.DataError(f"the list of class names has {len(names)} entries, expected {classes}; delete it from the cache.")
+        raise errors.DataError(
+            f"the list of class names has {len(names)} entries, expected {classes}; fetch it anew: delete it from the cache "
+            "and its record from the lock file."
+        )
     return names
 
 
