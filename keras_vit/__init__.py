@@ -4,6 +4,7 @@ import importlib
 
 from keras_vit import errors, zoo
 from keras_vit import models as _families  # noqa: F401 - registers every family
+from keras_vit.checkpoints import augreg
 from keras_vit.evaluation.classify import decode_predictions
 from keras_vit.version import __version__
 from keras_vit.zoo import create_model, list_models, list_weights, load_weights, preprocess_input, save_npz
@@ -13,8 +14,8 @@ _CONSTRUCTORS |= {row.builder.__name__: row.builder for row in zoo.VARIANTS.valu
 globals().update(_CONSTRUCTORS)
 
 __all__ = [
-    "create_model", "decode_predictions", "errors", "hub", "list_models", "list_weights", "load_weights", "preprocess_input",
-    "save_npz", "__version__", *_CONSTRUCTORS,
+    "augreg", "create_model", "decode_predictions", "errors", "hub", "list_models", "list_weights", "load_weights",
+    "preprocess_input", "save_npz", "__version__", *_CONSTRUCTORS,
 ]  # fmt: skip
 
 

@@ -5,6 +5,7 @@ import numpy as np
 
 from keras_vit import errors as errors
 from keras_vit import hub as hub
+from keras_vit.checkpoints import augreg as augreg
 
 __version__: str
 

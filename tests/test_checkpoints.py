@@ -10,7 +10,7 @@ from conftest import GOLDENS, randomise
 
 import keras_vit
 from keras_vit import errors
-from keras_vit.checkpoints import adapt, augreg, files
+from keras_vit.checkpoints import adapt, files
 from keras_vit.checkpoints.names import Template, rule
 from keras_vit.checkpoints.transforms import Part
 
@@ -325,16 +325,3 @@ def test_a_flipped_bit_is_refused_or_changes_nothing(tmp_path):
 def test_a_missing_file_says_so():
     with pytest.raises(errors.ArgumentError, match="check the path"):
         keras_vit.load_weights(model(), "/no/such/file.npz")
-
-
-# --- AugReg names
-
-
-def test_augreg_names_are_parsed_into_facts():
-    name = "R26_S_32-i21k-300ep-lr_0.001-aug_light1-wd_0.1-do_0.0-sd_0.0--oxford_iiit_pet-steps_0k-lr_0.003-res_384"
-    assert augreg.parse(name)["adapt_ds"] == "oxford_iiit_pet"
-    record = augreg.weights(name)
-    assert (record.classes, record.resolution, record.activation, record.tuned) == (37, 384, "softmax", True)
-    pretrained = augreg.weights("B_16-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.0-sd_0.0.npz")
-    assert (pretrained.classes, pretrained.activation, pretrained.tuned) == (21_843, "sigmoid", False)
-    assert augreg.parse("B_16-i21k") is None

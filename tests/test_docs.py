@@ -25,7 +25,8 @@ def table():
 def stub():
     """Signatures for editors, which cannot see what the registry makes."""
     lines = ['"""Generated from the registry: python tests/test_docs.py"""', "", "import keras", "import numpy as np", ""]
-    lines += ["from keras_vit import errors as errors", "from keras_vit import hub as hub", "", "__version__: str", ""]
+    lines += ["from keras_vit import errors as errors", "from keras_vit import hub as hub"]
+    lines += ["from keras_vit.checkpoints import augreg as augreg", "", "__version__: str", ""]
     for name in keras_vit.__all__:
         made = getattr(keras_vit, name)
         if not inspect.isfunction(made):

@@ -5,6 +5,7 @@ import dataclasses
 from keras_vit.data.pixels import Pixels
 
 GOOGLE_LICENCE = "Apache-2.0, as its repository google-research/vision_transformer states"
+BIG_VISION_LICENCE = "Apache-2.0, as its repository google-research/big_vision states"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,8 @@ def head_activation(classes):
     return "sigmoid" if classes == IMAGENET21K else "softmax"
 
 
-def google(path, mib=None, *, resolution=224, classes=1000, tuned=False):
-    """A file of `gs://vit_models/`; sizes in MiB are those the repository's notebook lists."""
+def google(path, mib=None, *, bucket="vit_models", resolution=224, classes=1000, activation="auto", **facts):
+    """A file of `gs://vit_models/` or another bucket; sizes in MiB are those the repository's notebook lists."""
     size = mib and round(mib * 2**20)
-    return Weights(f"gs://vit_models/{path}.npz", classes, head_activation(classes), resolution, tuned, size)
+    activation = head_activation(classes) if activation == "auto" else activation
+    return Weights(f"gs://{bucket}/{path}.npz", classes, activation, resolution, size=size, **facts)
