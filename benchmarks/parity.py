@@ -177,7 +177,7 @@ def run_vit_resize(case):
 
 
 def run_preprocess(case):
-    from keras_vit.data import pipeline
+    from keras_vit.data import ops, pipeline
 
     if all(set(item) == {"name", "size"} for item in case.meta["items"]):
         for item in case.meta["items"]:
@@ -188,6 +188,10 @@ def run_preprocess(case):
             box = tuple(item[side] for side in ("begin_y", "begin_x", "height", "width"))
             image = pipeline.train_image(case.inputs[item["name"]], item["size"], Pixels(), box=box, flip=item["flip"])
             case.compare(item["name"], image, case.meta["tolerance"])
+    elif all("spec" in item for item in case.meta["items"]):
+        for item in case.meta["items"]:
+            features = ops.preprocess(item["spec"])({"image": case.inputs[item["name"]]})
+            case.compare(item["name"], features["image"], case.meta["tolerance"])
     else:
         raise Unknown("preprocessing of this kind")
     for key in case.expected:

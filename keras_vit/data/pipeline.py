@@ -251,19 +251,19 @@ def train_image(image, size, pixels=GOOGLE, *, box, flip):
     return pixels.normalize(tf.where(flip, tf.reverse(image, [1]), image))
 
 
-def random_box(shape, seed):
+def random_box(shape, seed, area=(0.05, 1.0), ratio=(0.75, 1.33)):
     """The inception crop's box for an image of `shape` (h, w, 3): int32 (4,), y, x, height, width in pixels.
 
-    Area 5% to 100% of the image, width / height 0.75 to 1.33, the whole image if 100 draws fail
-    (`tf.image.stateless_sample_distorted_bounding_box`); a pure function of `shape` and `seed` (two integers).
+    Of `area`, a share of the image, and `ratio`, width / height; the whole image if 100 draws fail
+    (`tf.image.stateless_sample_distorted_bounding_box`); a pure function of these and `seed` (two integers).
     """
     begin, extent, _ = tf.image.stateless_sample_distorted_bounding_box(
         shape,
         tf.zeros([1, 0, 4]),
         seed,
         min_object_covered=0.0,
-        aspect_ratio_range=(0.75, 1.33),
-        area_range=(0.05, 1.0),
+        aspect_ratio_range=ratio,
+        area_range=area,
         use_image_if_no_bounding_boxes=True,
     )
     return tf.concat([begin[:2], extent[:2]], 0)
