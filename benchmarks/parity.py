@@ -34,6 +34,7 @@ class Case:
         self.family, self.name = self.meta["family"], self.meta["case"]
         self.rules, self.expected = self.meta.get("compare", {}), _arrays(folder / "expected.npz")
         self.compared, self.problems, self.worst = set(), [], (0.0, 0.0, 0.0)
+        self.noise = 1  # of the original's own intermediates, in multiples of the tolerance; final outputs have none
 
     @property
     def inputs(self):
@@ -66,7 +67,7 @@ class Case:
 
     def compare_intermediate(self, key, got):
         """As `compare`, within the float noise of the original itself, which grows with the array's values."""
-        self.compare(key, got, self.meta["tolerance"] * max(1, np.abs(self.expected[key]).max() / 4))
+        self.compare(key, got, self.noise * self.meta["tolerance"] * max(1, np.abs(self.expected[key]).max() / 4))
 
 
 def _arrays(path):
@@ -74,8 +75,79 @@ def _arrays(path):
         return dict(file)
 
 
-# Every config key of the original's VisionTransformer -> ours; None: says nothing about the numbers at inference
-_VIT_OPTIONS = {
+def flattened(config):
+    """{"transformer.num_heads": ...} of a nested configuration."""
+    flat = {}
+    for key, value in config.items():
+        flat.update({f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value})
+    return flat
+
+
+def translated(config, options):
+    """An original configuration in our words; `options` is {its key: ours, or None if it says nothing about the numbers}."""
+    unknown = set(config) - set(options)
+    if unknown:
+        raise Unknown(f"options {sorted(unknown)}")
+    return {ours: config[key] for key, ours in options.items() if ours and key in config}
+
+
+def expected_taps(case, table, prefix=""):
+    """{key of expected.npz: what to tap} by [(pattern of keys after `prefix`, tap with {0}, {1} ... for its groups)]."""
+    taps = {}
+    for key in case.expected:
+        for pattern, name in table:
+            found = re.fullmatch(re.escape(prefix) + pattern, key)
+            if found and not case.skipped(key):
+                taps[key] = name.format(*(int(group) if group.isdigit() else group for group in found.groups()))
+    return taps
+
+
+def compare_taps(case, model, taps, outputs, images):
+    """Runs images through a model and compares {key: what to tap}: the `outputs` strictly, what lies before them by its size."""
+    wanted = {key: tap for key, tap in taps.items() if key in case.expected and not case.skipped(key)}
+    graph = keras.Model(model.input, {key: zoo.tap(model, tap) if isinstance(tap, str) else tap for key, tap in wanted.items()})
+    call = graph.predict_on_batch if keras.config.backend() == "jax" else graph  # JAX compiles op by op otherwise
+    for key, got in call(images).items():
+        got = keras.ops.convert_to_numpy(got)
+        if key in outputs:
+            case.compare(key, got, case.meta["tolerance"])
+        else:
+            case.compare_intermediate(key, got)
+
+
+def round_trip(case, model, checkpoint):
+    """Loading and saving gives the checkpoint's keys and bits again."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder, "again.npz")
+        keras_vit.save_npz(model, path)
+        first, again = Npz(checkpoint), Npz(path)
+        if first.entries != again.entries:
+            case.problems.append("save_npz wrote other keys, shapes or types")
+        elif any(first.read(key).tobytes() != again.read(key).tobytes() for key in first.entries):
+            case.problems.append("save_npz wrote other bits")
+
+
+def install(case, model):
+    """Puts the arrays that `compare.install` names into the model."""
+    names, ours = zoo.FAMILIES[model.family].layouts[model.weights_info["layout"]], load.named_weights(model)
+    for original, key in case.rules.get("install", {}).items():
+        ((name, transform, _),) = names.to_ours(original)
+        value = load.to_numpy(ours[name]).copy()
+        transform.place(case.expected[key], value)
+        ours[name].assign(value)
+        case.compared.add(key)
+
+
+def compare_loaded(case, model, weights):
+    """Compares weights as they were loaded, {key of expected.npz: our name}, and returns their keys."""
+    ours = load.named_weights(model)
+    for key, name in weights.items():
+        case.compare(key, load.to_numpy(ours[name]), 1e-6)
+    return list(weights)
+
+
+# Every config key of the original's VisionTransformer -> ours
+VIT_OPTIONS = {
     "hidden_size": "width", "patches.size": "patch_size", "classifier": "classifier",
     "representation_size": "representation_size", "transformer.num_layers": "depth", "transformer.num_heads": "heads",
     "transformer.mlp_dim": "mlp", "num_classes": "classes",
@@ -83,24 +155,21 @@ _VIT_OPTIONS = {
 }  # fmt: skip
 
 
-def _vit(config, image_shape):
-    """A random keras_vit.ViT of an original configuration."""
-    flat = {}
-    for key, value in config.items():
-        flat.update({f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value})
-    unknown = set(flat) - set(_VIT_OPTIONS)
-    if unknown:
-        raise Unknown(f"options {sorted(unknown)}")
-    options = {ours: flat[key] for key, ours in _VIT_OPTIONS.items() if ours and key in flat}
+def build_vit(builder, options, image_shape):
+    """A random model of an original configuration, in our words."""
     pooling = {"token": "token", "gap": "avg"}.get(options["classifier"])
     top = options["classes"] is not None
     if not top and pooling is None and options["representation_size"] is not None:
         raise Unknown("a representation of every token without a head")
-    return keras_vit.ViT(top, None, input_shape=tuple(image_shape[1:]), pooling=pooling, **options)
+    return builder(top, None, input_shape=tuple(image_shape[1:]), pooling=pooling, **options)
+
+
+def _vit(config, image_shape):
+    return build_vit(keras_vit.ViT, translated(flattened(config), VIT_OPTIONS), image_shape)
 
 
 # Names in expected.npz -> what to tap
-_VIT_TAPS = [
+VIT_TAPS = [
     (r"patch_embedding", "patches"), (r"embedded_with_pos", "tokens"), (r"encoder_norm", "encoder_norm"),
     (r"encoderblock_(\d+)", "block_{0}"), (r"encoderblock_(\d+)_attention_weights", "block_{0}/scores"),
     (r"encoderblock_(\d+)_LayerNorm_0", "block_{0}/attention_norm"), (r"encoderblock_(\d+)_LayerNorm_[12]", "block_{0}/mlp_norm"),
@@ -109,71 +178,45 @@ _VIT_TAPS = [
 ]  # fmt: skip
 
 
-def _compare_vit(case, model):
-    """Runs the case's images through a loaded model and compares the final outputs and all that lies before them."""
+def compare_vit(case, model, table=VIT_TAPS):
+    """Runs the case's images through a loaded ViT or hybrid and compares the final outputs and all that lies before them."""
     names = {layer.name for layer in model.layers}
     before_head = ("pre_logits_tanh", "mean_tokens", "class_token", "encoder_norm")
     taps = {"pre_logits": next(name for name in before_head if name in names)}
     outputs = case.rules.get("outputs", ["logits"])
     taps |= {name: "head" if "head" in names else taps["pre_logits"] for name in outputs}
-    for key in case.expected:
-        for pattern, name in _VIT_TAPS:
-            found = re.fullmatch(pattern, key)
-            if found and not case.skipped(key):
-                taps[key] = name.format(*found.groups())
-    graph = keras.Model(model.input, {key: zoo.tap(model, name) for key, name in taps.items() if key in case.expected})
-    call = graph.predict_on_batch if keras.config.backend() == "jax" else graph  # JAX compiles op by op otherwise
-    for key, got in call(case.inputs["images"]).items():
-        got = keras.ops.convert_to_numpy(got)
-        if key in outputs:
-            case.compare(key, got, case.meta["tolerance"])
-        else:
-            case.compare_intermediate(key, got)
+    compare_taps(case, model, taps | expected_taps(case, table), outputs, case.inputs["images"])
     return outputs
 
 
-def _round_trip(case, model, checkpoint):
-    """Loading and saving gives the checkpoint's keys and bits again."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = pathlib.Path(folder, "again.npz")
-        keras_vit.save_npz(model, path)
-        first, again = Npz(checkpoint), Npz(path)
-        if set(first.entries) != set(again.entries):
-            case.problems.append("save_npz wrote other keys")
-        elif any(first.read(key).tobytes() != again.read(key).tobytes() for key in first.entries):
-            case.problems.append("save_npz wrote other bits")
-
-
-def run_vit(case):
-    model = _vit(case.meta["config"], case.meta["image_shape"])
+def run_vit(case, build=_vit, table=VIT_TAPS):
+    model = build(case.meta["config"], case.meta["image_shape"])
+    if "checkpoint_config" in case.meta:
+        return _run_resized(case, model, table)
     checkpoint = case.folder / "checkpoint.npz"
     keras_vit.load_weights(model, checkpoint)
-    _round_trip(case, model, checkpoint)
-    return _compare_vit(case, model)
+    round_trip(case, model, checkpoint)
+    return compare_vit(case, model, table)
+
+
+def _run_resized(case, model, table):
+    """A checkpoint of another resolution, loaded as the original's `load_pretrained` does: with a new head."""
+    ignore = ("pre_logits/*",) if case.meta["config"]["representation_size"] is None else ()
+    keras_vit.load_weights(model, case.folder / "checkpoint.npz", ignore=ignore, reset_head=True)
+    loaded = {"pos_embedding": "tokens/positions", "loaded_head_kernel": "head/kernel", "loaded_head_bias": "head/bias"}
+    compare_loaded(case, model, loaded)
+    install(case, model)
+    return compare_vit(case, model, table) + list(loaded)
 
 
 def run_vit_resize(case):
     if "items" in case.meta:  # positions alone
         for item in case.meta["items"]:
-            grid = (item["grid_to"],) * 2
-            resample = adapt.Positions(item["name"], grid, item["has_class_token"], (item["grid_from"],) * 2)
-            case.compare(item["name"], resample(case.inputs[item["name"]]), case.meta["tolerance"])
+            resample = adapt.Positions((item["grid_to"],) * 2, item["has_class_token"], file_grid=(item["grid_from"],) * 2)
+            table = {resample.TABLE: case.inputs[item["name"]]}
+            case.compare(item["name"], resample(table)[resample.TABLE], case.meta["tolerance"])
         return list(case.expected)
-    model = _vit(case.meta["config"], case.meta["image_shape"])
-    ignore = ("pre_logits/*",) if case.meta["config"]["representation_size"] is None else ()
-    keras_vit.load_weights(model, case.folder / "checkpoint.npz", ignore=ignore, reset_head=True)
-    weights = {"pos_embedding": model.get_layer("tokens").positions}
-    weights |= {f"loaded_head_{leaf}": getattr(model.get_layer("head"), leaf) for leaf in ("kernel", "bias")}
-    for key, weight in weights.items():
-        case.compare(key, load.to_numpy(weight), 1e-6)
-    names, ours = zoo.FAMILIES[model.family].layouts[model.weights_info["layout"]], load.named_weights(model)
-    for original, key in case.rules.get("install", {}).items():
-        ((name, transform),) = names.to_ours(original)
-        value = load.to_numpy(ours[name]).copy()
-        transform.place(case.expected[key], value)
-        ours[name].assign(value)
-        case.compared.add(key)
-    return _compare_vit(case, model) + list(weights)
+    return run_vit(case)
 
 
 def run_preprocess(case):
@@ -201,7 +244,205 @@ def run_preprocess(case):
     return list(case.expected)
 
 
-RUNNERS = {"vit": run_vit, "vit_resize": run_vit_resize, "preprocess": run_preprocess}
+# Every option of big_vision's ViT -> ours; dropout is off, and the rest says where numbers come from or how they are computed
+BIG_VISION_OPTIONS = {
+    "patch_size": "patch_size", "width": "width", "depth": "depth", "mlp_dim": "mlp", "num_heads": "heads", "posemb": "positions",
+    "pool_type": "classifier", "rep_size": "representation_size", "num_classes": "classes", "dropout": None,
+    "head_zeroinit": None, "scan": None, "remat_policy": None,
+}  # fmt: skip
+POOL_TYPES = {"gap": "gap", "tok": "token", "map": "map", "none": "unpooled"}
+
+
+def big_vision_options(config, known=BIG_VISION_OPTIONS):
+    """Our builder's arguments of a configuration of big_vision."""
+    default = dict(patch_size=16, width=768, depth=12, mlp=None, heads=12, positions="learn", classifier="gap", classes=None)
+    options = {**default, "representation_size": False, **translated(config, known)}
+    if options["classifier"] not in POOL_TYPES:
+        raise Unknown(f"pool_type {options['classifier']!r}")
+    rep = options["representation_size"]
+    options["representation_size"] = options["width"] if rep is True else rep or None
+    options["mlp"] = options["mlp"] or 4 * options["width"]
+    options["classifier"] = POOL_TYPES[options["classifier"]]
+    options["positions"] = {"learn": "learned"}.get(options["positions"], options["positions"])
+    return options
+
+
+def build_big_vision(builder, options, image_shape, **more):
+    """A random model of `big_vision_options` for images of a shape (b, H, W, 3)."""
+    top = options["classes"] is not None
+    pooling = {"unpooled": None, "gap": "avg"}.get(options["classifier"], options["classifier"])
+    if not top and pooling is None and options["representation_size"]:
+        raise Unknown("a representation of every token without a head")
+    return builder(top, None, input_shape=tuple(image_shape[1:]), pooling=None if top else pooling, **options, **more)
+
+
+# Names in expected.npz -> what to tap
+BIG_VISION_TAPS = [
+    (r"stem", "patches"), (r"encoded", "encoder_norm"), (r"encoder_block(\d+)", "block_{0}"),
+    (r"encoder_block(\d+)_\+mlp", "block_{0}"), (r"encoder_block(\d+)_sa", "block_{0}/attention"),
+    (r"encoder_block(\d+)_mlp", "block_{0}/mlp"),
+    (r"attention_weights/Transformer/encoderblock_(\d+)/MultiHeadDotProductAttention_0", "block_{0}/scores"),
+    (r"attention_weights/MAPHead_0/MultiHeadDotProductAttention_0", "map_head/scores"),
+]  # fmt: skip
+
+
+def compare_big_vision(case, model, images, prefix=""):
+    """Runs images through a loaded model with big_vision's wiring and compares all that the original returns."""
+    layers = {layer.name: layer for layer in model.layers}
+    taps = expected_taps(case, BIG_VISION_TAPS, prefix)
+    tokens = zoo.tap(model, "tokens")
+    taps[f"{prefix}with_posemb"] = tokens[:, 1:] if layers["tokens"].class_token else tokens
+    for key in case.expected:
+        added = re.fullmatch(re.escape(prefix) + r"encoder_block(\d+)_\+sa", key)
+        if added:
+            block = f"block_{int(added[1])}"
+            before = zoo.tap(model, f"block_{int(added[1]) - 1}" if int(added[1]) else "dropout")
+            taps[key] = before + zoo.tap(model, f"{block}/attention")
+    pooled = next((name for name in ("map_head", "mean_tokens", "class_token") if name in layers), "encoder_norm")
+    taps[f"{prefix}head_input"] = pooled
+    taps[f"{prefix}pre_logits"] = "pre_logits_tanh" if "pre_logits_tanh" in layers else pooled
+    taps |= {prefix + key: tensor for key, tensor in tokens_2d(model, layers).items()}
+    outputs = [f"{prefix}pre_logits"]
+    if "head" in layers:
+        taps[f"{prefix}logits"] = "head"
+        outputs = [f"{prefix}{key}" for key in ("logits", "logits_2d")]
+    compare_taps(case, model, taps, outputs, images)
+    return outputs
+
+
+def tokens_2d(model, layers):
+    """Representation and logits of every patch, on their grid (b, h, w, n): the layers after the encoder, called again."""
+    x = zoo.tap(model, "encoder_norm")
+    x = x[:, 1:] if layers["tokens"].class_token else x
+    grid = layers["patches"].output.shape[1:3]
+    found = {}
+    for name in ("pre_logits", "pre_logits_tanh"):
+        x = layers[name](x) if name in layers else x
+    found["pre_logits_2d"] = keras.ops.reshape(x, (-1, *grid, x.shape[-1]))
+    if "head" in layers:
+        x = layers["head"](x)
+        found["logits_2d"] = keras.ops.reshape(x, (-1, *grid, x.shape[-1]))
+    return found
+
+
+def run_bigvision_vit(case):
+    model = build_big_vision(keras_vit.ViT, big_vision_options(case.meta["config"]), case.meta["image_shape"], style="big_vision")
+    dont_load = case.meta.get("dont_load", [])
+    if set(dont_load) - {"head/.*"}:
+        raise Unknown(f"dont_load {dont_load}")
+    checkpoint = case.folder / "checkpoint.npz"
+    keras_vit.load_weights(model, checkpoint, reset_head=bool(dont_load))
+    if not model.weights_info["adapted"] and not dont_load:
+        round_trip(case, model, checkpoint)
+    install(case, model)
+    loaded = {
+        "loaded_pos_embedding": "tokens/positions", "loaded_cls": "tokens/cls", "loaded_head_kernel": "head/kernel",
+        "loaded_head_bias": "head/bias",
+    }  # fmt: skip
+    outputs = compare_loaded(case, model, {key: name for key, name in loaded.items() if key in case.expected})
+    return outputs + compare_big_vision(case, model, case.inputs["images"])
+
+
+# Every config key of the original's MlpMixer -> ours
+MIXER_OPTIONS = {
+    "hidden_dim": "width", "patches.size": "patch_size", "num_blocks": "depth", "tokens_mlp_dim": "tokens_mlp",
+    "channels_mlp_dim": "channels_mlp", "num_classes": "classes", "model_name": None,
+}  # fmt: skip
+MIXER_TAPS = [
+    (r"stem", "patches"), (r"pre_head_layer_norm", "encoder_norm"), (r"pooled", "mean_tokens"),
+    (r"MixerBlock_(\d+)", "block_{0}"), (r"MixerBlock_(\d+)_LayerNorm_0", "block_{0}/token_norm"),
+    (r"MixerBlock_(\d+)_LayerNorm_1", "block_{0}/channel_norm"),
+    (r"MixerBlock_(\d+)_(token|channel)_mixing", "block_{0}/{1}_mixing"),
+]  # fmt: skip
+
+
+def run_mixer(case):
+    options = translated(flattened(case.meta["config"]), MIXER_OPTIONS)
+    classes = options.pop("classes") or None  # the original takes 0 for no head
+    shape = tuple(case.meta["image_shape"][1:])
+    model = keras_vit.Mixer(classes is not None, None, input_shape=shape, pooling="avg", classes=classes, **options)
+    keras_vit.load_weights(model, case.folder / "checkpoint.npz")
+    round_trip(case, model, case.folder / "checkpoint.npz")
+    outputs = case.rules.get("outputs", ["logits"])
+    taps = {name: "head" if classes else "mean_tokens" for name in outputs}
+    compare_taps(case, model, taps | expected_taps(case, MIXER_TAPS), outputs, case.inputs["images"])
+    return outputs
+
+
+HYBRID_OPTIONS = VIT_OPTIONS | {"resnet.num_layers": "stages", "resnet.width_factor": "width_factor"}
+
+
+def run_hybrid(case):
+    def build(config, image_shape):
+        return build_vit(keras_vit.Hybrid, translated(flattened(config), HYBRID_OPTIONS), image_shape)
+
+    stages = case.meta["config"]["resnet"]["num_layers"]
+    # Float noise adds up over units: after eight, exact (float64) arithmetic is 1.8 tolerances off the original's intermediates
+    case.noise = max(1, sum(stages) / 3)
+    ends = [(rf"resnet_block{s}", f"stage_{s}_unit_{units}") for s, units in enumerate(stages, 1)]
+    units = (r"resnet_block(\d+)_unit(\d+)", "stage_{0}_unit_{1}")
+    return run_vit(case, build, [*VIT_TAPS, (r"((?:conv|gn)_root)", "{0}"), units, *ends])
+
+
+FLEXIVIT_OPTIONS = {**BIG_VISION_OPTIONS, "patch_size": "stored_patch_size", "posemb_size": "stored_grid"}
+
+
+def run_flexivit(case):
+    if "items" in case.meta:
+        return _run_flexivit_resizing(case)
+    checkpoint, tolerance, outputs = case.folder / "checkpoint.npz", case.meta["tolerance"], []
+    options = big_vision_options(case.meta["config"], FLEXIVIT_OPTIONS)
+    del options["representation_size"], options["patch_size"]  # has none; each run names its own
+    for item in case.meta["runs"]:
+        name, patch_size = item["name"], tuple(item["patch_size"])
+        images = case.inputs[name]
+        model = build_big_vision(keras_vit.FlexiViT, options, images.shape, patch_size=patch_size)
+        keras_vit.load_weights(model, checkpoint)
+        round_trip(case, model, checkpoint)
+        kernel = keras.ops.convert_to_numpy(model.get_layer("patches").kernel_at(patch_size))
+        case.compare(f"{name}/patch_kernel", kernel, tolerance)
+        outputs += compare_big_vision(case, model, images, f"{name}/") + [f"{name}/patch_kernel"]
+    plain = {key: value for key, value in options.items() if key not in ("stored_patch_size", "stored_grid")}
+    for item in case.meta.get("fixed_size_loads", []):
+        name, images = item["name"], case.inputs[item["name"]]
+        plain |= dict(patch_size=tuple(item["patch_size"]), representation_size=None)
+        model = build_big_vision(keras_vit.ViT, plain, images.shape, style="big_vision")
+        keras_vit.load_weights(model, checkpoint, resize_patches=True)
+        loaded = {"patch_kernel": "patches/kernel", "pos_embedding": "tokens/positions"}
+        for key, weight in loaded.items():
+            case.compare(f"{name}/{key}", load.to_numpy(load.named_weights(model)[weight]), tolerance)
+        compare_taps(case, model, {f"{name}/logits": "head"}, [f"{name}/logits"], images)
+        outputs += [f"{name}/{key}" for key in (*loaded, "logits")]
+    return outputs
+
+
+def _run_flexivit_resizing(case):
+    """Patch kernels alone, or tables of positions alone as the model and as `load` resize them."""
+    for item in case.meta["items"]:
+        name, x = item["name"], case.inputs[item["name"]]
+        if "new_hw" in item:
+            case.compare(name, adapt.resample_patches(x, item["new_hw"]), case.meta["tolerance"])
+            continue
+        grid, sides = x.reshape(*item["grid_from"], -1), (item["grid_from"], item["grid_to"])
+        resized = {
+            "model_linear": np.einsum("yh,xw,hwd->yxd", *map(adapt.antialiased, *sides), grid),
+            "load_zoom": adapt.resample_grid(grid, item["grid_to"]),
+        }
+        for key, table in ((f"{how}/{name}", table) for how, table in resized.items()):
+            if key in case.expected:
+                case.compare(key, table.reshape(1, -1, x.shape[-1]), case.meta["tolerance"])
+    return list(case.expected)
+
+
+RUNNERS = {
+    "vit": run_vit,
+    "vit_resize": run_vit_resize,
+    "bigvision_vit": run_bigvision_vit,
+    "preprocess": run_preprocess,
+    "mixer": run_mixer,
+    "hybrid": run_hybrid,
+    "flexivit": run_flexivit,
+}
 
 
 def run(folder):

@@ -47,6 +47,7 @@ _CHUNK = 2**28  # numbers in the images sent to the other process at once: 1 GiB
 
 _CHOICES = dict(
     trainer=("train",),
+    model_type=("ViT", "Mixer"),
     augment=("crop_flip", "shift", "none"),
     decay_type=DECAYS,
     optim_dtype=TRACE_DTYPES,
@@ -92,6 +93,9 @@ def check_config(config):
         raise errors.ConfigError("config.dataset is not set; pass --config.dataset= 'digits', a folder or a TFDS name.")
     if config.model is None or config.pp is None:
         raise errors.ConfigError("config.model or config.pp is not set; start from vit.py:MODEL,DATASET, augreg.py or digits.py.")
+    models.arguments(config)
+    if config.position_stddev is not None and config.model_type == "Mixer":
+        raise errors.ConfigError("config.position_stddev is for models with positions, which a Mixer has not; leave it out.")
     if config.batch % config.accum_steps:
         raise errors.ConfigError(
             f"config.batch must be a multiple of config.accum_steps, got {config.batch} and {config.accum_steps}; change either."
@@ -121,18 +125,19 @@ def pretrained_file(config):
     """The checkpoint that training starts from, a path or URL; None for random weights.
 
     Raises:
-        errors.ConfigError: a local folder does not have it.
+        errors.ConfigError: a local folder does not have it; errors.ArgumentError: there is no AugReg model of that name.
     """
     if not config.pretrained_dir:
         return None
     name = config.model_or_filename or config.model.model_name
     if config.model_or_filename and "-" not in name:
-        name = Path(models.augreg_rows()[name].weights["augreg"].source).stem
-    path = f"{config.pretrained_dir.rstrip('/')}/{name}.npz"
+        name = keras_vit.augreg.recommended(name)
+    path = f"{config.pretrained_dir.rstrip('/')}/{name.removesuffix('.npz')}.npz"
     if "://" not in path and not os.path.isfile(os.path.expanduser(path)):
+        bucket = "mixer_models" if config.model_type == "Mixer" else "vit_models"
+        published = f"gs://{bucket}/{'augreg' if config.model_or_filename else 'imagenet21k'}"
         raise errors.ConfigError(
-            f"{path}: there is no such checkpoint. Download it from gs://vit_models/imagenet21k, or pass "
-            "--config.pretrained_dir=gs://vit_models/imagenet21k (for augreg.py gs://vit_models/augreg), or "
+            f"{path}: there is no such checkpoint. Download it from {published}, or pass --config.pretrained_dir={published}, or "
             "--config.pretrained_dir= for random weights."
         )
     return path
@@ -142,9 +147,10 @@ def build_model(config, classes):
     """The model of `config.model` with a new head, and its pretrained weights, on `config.pp.crop` pixels."""
     path = pretrained_file(config)
     shape = (config.pp.crop, config.pp.crop, 3)
-    model = keras_vit.ViT(classes=classes, input_shape=shape, name=config.model.model_name, **models.arguments(config.model))
+    build = getattr(keras_vit, models.family(config))
+    model = build(classes=classes, input_shape=shape, name=config.model.model_name, **models.arguments(config))
     if path:
-        dropped = ("pre_logits/*",) if config.model.representation_size is None else ()
+        dropped = () if config.model.get("representation_size") else ("pre_logits/*",)
         zoo.load_weights(model, path, ignore=dropped, reset_head=True)
     elif config.position_stddev is not None:
         positions = model.get_layer("tokens").positions

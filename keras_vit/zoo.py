@@ -3,10 +3,12 @@
 import dataclasses
 import difflib
 import fnmatch
+import functools
 import inspect
 import logging
 import numbers
 import os
+import re
 import warnings
 
 import keras
@@ -19,6 +21,8 @@ from keras_vit.data.pixels import Pixels
 
 _log = logging.getLogger("keras_vit")
 
+# Tags, without their resolution, that `weights="imagenet"` stands for, the first that a row has
+IMAGENET = ("augreg+imagenet2012", "imagenet21k+imagenet2012", "imagenet21k+imagenet1k", "imagenet1k", "i1k")
 FAMILIES = {}  # name -> Family
 VARIANTS = {}  # name -> Variant
 
@@ -29,15 +33,20 @@ class Family:
 
     Args:
         name: of the builder, as the models remember it.
-        layouts: {layout: Names} of its original files; the first is the one written by default.
-        adapters: (model, file_grid) -> {our weight name: adapter}, the declared lossy steps.
-        grid: model -> (h, w) of its position grid, recorded in files where it is not square.
+        layouts: {layout: Names} of its original files, the commonest first.
+        sizes: {our name: shape} of a file -> the builder's arguments that it tells; KeyError if it is no file of this family.
+        adapters: (model, *, grid, resize_patches) -> adapters (see `checkpoints.adapt`), the declared lossy steps; grid is the
+            file's (h, w), "square" or None, resize_patches whether another patch size is allowed.
+        grid: model -> (h, w) of its position grid, recorded in files where it is not square; None without one.
+        written: model -> the layout to write where it was loaded from none; by default the first.
     """
 
     name: str
     layouts: dict
-    adapters: object
-    grid: object
+    sizes: object
+    adapters: object = lambda model, **options: ()
+    grid: object = lambda model: None
+    written: object = None
 
     def __post_init__(self):
         FAMILIES[self.name] = self
@@ -51,7 +60,8 @@ class Model(keras.Model):
         family: name of the builder.
         variant: name of the registered row, or the builder's.
         weights_info: dict: source, sha256, layout, resolution, classes, licence, preprocessing (see `Pixels`),
-            include_preprocessing, adapted, ignored, reset (lists of text), zero_head.
+            include_preprocessing, adapted, ignored, reset (lists of text), stored (types of arrays that were no float32),
+            zero_head.
     """
 
     _facts = {}  # replaced, never changed in place: a clone by Keras starts without any
@@ -140,9 +150,10 @@ class Contract:
                 ) from error
         if weights is not None and not isinstance(weights, Weights):
             weights = find_weights(weights, family.name)
-        self.record, self.archive = weights, None
+        self.record, self.archive, self.shapes = weights, None, {}
         if weights is not None:
-            self.archive = files.Npz(fetch.fetch(weights.source, weights.size).path)
+            self.archive = weights.archive if isinstance(weights, _Headers) else _open(weights.source, weights.size)
+            _, self.shapes, _ = _read_as(self.archive, family)
         in_file = self.stored("head/kernel")
         if include_top and weights is not None and in_file is None and classes is None:
             raise errors.ArgumentError(
@@ -157,11 +168,7 @@ class Contract:
 
     def stored(self, name):
         """The shape under which the file to load holds our weight `name`, or None."""
-        for names in self.family.layouts.values() if self.archive else ():
-            for original, transform in names.to_original(name):
-                if original in self.archive.entries and transform.of == 1:
-                    return self.archive.entries[original][0]
-        return None
+        return self.shapes.get(name)
 
     @property
     def recorded_grid(self):
@@ -191,8 +198,8 @@ class Contract:
         shape = (*size, 3) if shape is None else tuple(shape)
         if len(shape) != 3 or shape[2] != 3 or not all(map(_whole, shape)):
             raise errors.ArgumentError(
-                f"{self.family.name}: input_shape must be (height, width, 3) in whole pixels, got {shape}; positions are learned "
-                f"for one size, so build a model for each, for example {(*size, 3)}."
+                f"{self.family.name}: input_shape must be (height, width, 3) in whole pixels, got {shape}; a model is made for "
+                f"one size, so build one for each, for example {(*size, 3)}."
             )
         shape = tuple(map(int, shape))
         check(*shape[:2])
@@ -222,7 +229,7 @@ class Contract:
         info = dict(
             source=None, sha256=None, layout=None, resolution=None, classes=self.classes if self.include_top else None,
             licence=None, preprocessing=self.pixels.asdict(), include_preprocessing=bool(self.include_preprocessing),
-            adapted=[], ignored=[], reset=[], zero_head=False,
+            adapted=[], ignored=[], reset=[], stored={}, zero_head=False,
         )  # fmt: skip
         model.remember(family=self.family.name, variant=name, outside=outside, weights_info=info)
         if self.record:
@@ -231,14 +238,16 @@ class Contract:
 
     def _load(self, model, name):
         record, has = self.record, {layer.name for layer in model.layers}
-        lacking = [layer for layer in ("head", "pre_logits") if self.stored(f"{layer}/kernel") and layer not in has]
-        load_weights(
-            model,
-            self.archive,
-            ignore=tuple(f"{layer}/*" for layer in lacking),
+        lacking = {ours.partition("/")[0] for ours in self.shapes} & {"head", "pre_logits", "map_head"} - has
+        options = dict(
+            ignore=tuple(f"{layer}/*" for layer in sorted(lacking)),
             reset_head=self.include_top and not self.keeps_head,
             grid="square" if record.published else None,
         )
+        if isinstance(record, _Headers):
+            model.remember(plan=load.best_plan(**_wanted(model, self.archive, **options)))
+            return
+        load_weights(model, self.archive, **options)
         known = dict(source=record.source, resolution=record.resolution, licence=record.licence)
         model.remember(weights_info={**model.weights_info, **known})
         if self.include_top and not self.keeps_head:
@@ -248,18 +257,121 @@ class Contract:
                 name, in_file[-1] if in_file else "no", self.classes,
             )  # fmt: skip
         if model.weights_info["zero_head"]:
+            augreg = next((call for call, tag, _ in _siblings(record) if tag == "augreg"), "")
             warnings.warn(
                 f"{name}: the head of {record.source} is all zeros (its publisher cleared it; the file is for fine-tuning), so "
-                f"all {self.classes} classes get the same score. Use weights='augreg' for a real 21k head, classes=N to "
-                "fine-tune, or include_top=False for features.",
+                f"all {self.classes} classes get the same score. Use classes=N to fine-tune, include_top=False for features"
+                f"{', or ' + augreg + ' for a real 21k head' if augreg else ''}.",
                 stacklevel=2,
             )
         if record.tuned and self.size != (record.resolution, record.resolution):
-            warnings.warn(
-                f"{name}: {record.source} was fine-tuned at {record.resolution} x {record.resolution} and is used at "
-                f"{self.size[0]} x {self.size[1]}; without fine-tuning at that size accuracy drops.",
-                stacklevel=2,
-            )
+            warnings.warn(_resolution_warning(name, record, self.size), stacklevel=2)
+
+
+def _siblings(record):
+    """[(call, tag, Weights)] of all weights of the rows that have this record."""
+    rows = [row for row in VARIANTS.values() if record in row.weights.values()]
+    return [(f"{row.name}(weights={tag!r})", tag, weights) for row in rows for tag, weights in row.weights.items()]
+
+
+def _resolution_warning(name, record, size):
+    fits = [
+        call for call, _, other in _siblings(record)
+        if other.classes == record.classes and (other.resolution, other.resolution) == size
+    ]  # fmt: skip
+    return (
+        f"{name}: {record.source} was fine-tuned at {record.resolution} x {record.resolution} and is used at {size[0]} x "
+        f"{size[1]}. Without fine-tuning at that size accuracy drops: from 384 to 224 by 9.5 points of ImageNet top-1 "
+        f"(google-research/vision_transformer#6). {'Made for it: ' + ', '.join(fits) if fits else 'Fine-tune it there'}."
+    )
+
+
+def builder(function):
+    """Marks the function of a family that builds its models; where weights are loaded, none are drawn before."""
+
+    @functools.wraps(function)
+    def build(*args, **kwargs):
+        if inspect.signature(function).bind(*args, **kwargs).arguments.get("weights") is None:
+            return function(*args, **kwargs)
+        with load.without_first_values():
+            return function(*args, **kwargs)
+
+    return build
+
+
+def _open(source, size=None):
+    """The opened `files.Npz` of a source."""
+    fetched = fetch.fetch(source, size)
+    archive = files.Npz(fetched.path)
+    if fetched.sha256:
+        archive.sha256 = fetched.sha256
+    else:
+        archive.hash_meanwhile()
+    return archive
+
+
+def _read_as(archive, family):
+    """(layout, {our name: shape of the array}, names that no rule claims) of the layout that claims most of a file."""
+    best = None
+    for layout, names in family.layouts.items():
+        shapes, unknown = {}, []
+        for original, (shape, _) in archive.entries.items():
+            claims = names.to_ours(original, min(shape[0], load.MAX_LAYERS) if shape else 1)
+            if not claims and not names.is_beside(original):
+                unknown.append(original)
+            for ours, transform, layer in claims:
+                if not transform.index:
+                    shapes[ours] = shape if layer is None else shape[1:]
+        if best is None or len(unknown) < len(best[2]):
+            best = layout, shapes, unknown
+        if not unknown:
+            break
+    return best
+
+
+@dataclasses.dataclass(frozen=True)
+class _Headers(Weights):
+    """The weights of a constructor that plans what it would do with an open file, and loads nothing."""
+
+    archive: object = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """What a file is, by its names and shapes: see `identify`.
+
+    Attributes:
+        family: name of the (first) family whose layout claims most of it; layout: that layout.
+        arguments: its builder's, as far as the shapes tell; {} if they tell nothing.
+        variants: names of the registered rows that the shapes fit, of any family that claims as much.
+        classes: outputs of its classifier, None without one.
+        unknown: names that no rule of the layout claims.
+    """
+
+    family: str
+    layout: str
+    arguments: dict
+    variants: tuple
+    classes: int | None
+    unknown: tuple
+
+
+def identify(archive):
+    """The `Reading` of an open `files.Npz`, from its headers alone."""
+    readings = []
+    for family in FAMILIES.values():
+        layout, shapes, unknown = _read_as(archive, family)
+        try:
+            arguments = family.sizes(shapes)
+        except (KeyError, IndexError, ValueError, TypeError):  # the shapes are those of something else
+            arguments = {}
+        rows = [row.name for row in VARIANTS.values() if row.family is family and arguments and row.fits(arguments)]
+        classes = shapes["head/kernel"][-1] if shapes.get("head/kernel") else None
+        misses = len(unknown) + (not arguments)
+        readings.append((misses, Reading(family.name, layout, arguments, tuple(rows), classes, tuple(unknown))))
+    least = min(misses for misses, _ in readings)
+    first, *others = (reading for misses, reading in readings if misses == least)
+    return dataclasses.replace(first, variants=sum((other.variants for other in others), first.variants))
 
 
 def _ours(model, asked):
@@ -272,7 +384,18 @@ def _ours(model, asked):
     return FAMILIES[model.family], load.named_weights(model, skip=model._facts["outside"])
 
 
-def load_weights(model, path, *, ignore=(), reset_head=False, grid=None):
+def _wanted(model, archive, *, ignore=(), reset_head=False, grid=None, resize_patches=False):
+    """What `load.load` and `load.best_plan` take, for the arguments of `load_weights`."""
+    family, weights = _ours(model, "load_weights")
+    head = [name for name in weights if name.startswith("head/")]
+    if reset_head and not head:
+        raise errors.ArgumentError(f"load_weights: {model.name!r} has no head to reset; leave reset_head out.")
+    adapters = family.adapters(model, grid=_recorded_grid(archive) or grid, resize_patches=resize_patches)
+    reset = head if reset_head else ()
+    return dict(weights=weights, archive=archive, layouts=family.layouts, adapters=adapters, ignore=tuple(ignore), reset=reset)
+
+
+def load_weights(model, path, *, ignore=(), reset_head=False, grid=None, resize_patches=False):
     """Fills a model from an original checkpoint file, in any layout of its family; all of it or nothing.
 
     Positions are resampled where the file's grid is another than the model's. `model.weights_info` says what was done.
@@ -283,29 +406,32 @@ def load_weights(model, path, *, ignore=(), reset_head=False, grid=None):
         ignore: patterns of our weight names to drop from the file on purpose, such as `("pre_logits/*",)`.
         reset_head: set the classifier to zero instead of loading it.
         grid: (h, w) of the file's position grid where it is neither square nor recorded; `"square"` insists on a square.
+        resize_patches: whether to resample the patch embedding of another patch size, by PI-resize (FlexiViT, arXiv 2212.08013).
 
     Raises:
-        errors.CheckpointMismatchError: names, shapes or values do not fit; lists all; the model is unchanged.
-        errors.CheckpointFormatError: not an intact file; the model is unchanged.
+        errors.CheckpointMismatchError: names or shapes do not fit; lists all; the model is unchanged.
+        errors.CheckpointFormatError: not an intact file, or values that are not finite; the model is unchanged.
     """
-    family, weights = _ours(model, "load_weights")
-    archive = path if isinstance(path, files.Npz) else files.Npz(fetch.fetch(path).path)
-    head = [name for name in weights if name.startswith("head/")]
-    if reset_head and not head:
-        raise errors.ArgumentError(f"load_weights: {model.name!r} has no head to reset; leave reset_head out.")
-    grid = _recorded_grid(archive) or grid
-    done = load.load(
-        weights,
-        archive,
-        family.layouts,
-        adapters=family.adapters(model, grid),
-        ignore=tuple(ignore),
-        reset=head if reset_head else (),
-        what=f"{model.variant} ({model.name!r})",
-    )
-    zero = bool(head) and not reset_head and not np.any(load.to_numpy(weights["head/kernel"]))
-    info = {**model.weights_info, **done, "source": str(archive.path), "sha256": fetch.sha256(archive.path), "zero_head": zero}
+    _ours(model, "load_weights")  # before a file is fetched
+    archive = path if isinstance(path, files.Npz) else _open(path)
+    wanted = _wanted(model, archive, ignore=ignore, reset_head=reset_head, grid=grid, resize_patches=resize_patches)
+    try:
+        done = load.load(**wanted, what=f"{model.variant} ({model.name!r})")
+    except errors.CheckpointMismatchError as error:
+        raise errors.CheckpointMismatchError(f"{error}\n{_resembles(identify(archive))}") from error
+    zero = "head/kernel" in done.pop("zeros")
+    info = {**model.weights_info, **done, "source": str(archive.path), "sha256": archive.sha256, "zero_head": zero}
     model.remember(weights_info=info)
+
+
+def _resembles(reading):
+    if not reading.arguments:
+        return "It resembles no file of a family known here: " + ", ".join(FAMILIES) + "."
+    settings = ", ".join(f"{key}={value!r}" for key, value in reading.arguments.items())
+    return (
+        f"By its names it is of family {reading.family}, layout {reading.layout!r}, with {settings}; classes: {reading.classes}. "
+        f"Variants of this size: {', '.join(reading.variants) or 'none registered'}."
+    )
 
 
 def _recorded_grid(archive):
@@ -320,7 +446,8 @@ def _recorded_grid(archive):
 def save_npz(model, path, layout=None):
     """Writes a model's weights in an original layout; exactly the file's keys and bits again where nothing was adapted.
 
-    A position grid that is not square is recorded in the archive's comment, since the arrays do not say it.
+    A position grid that is not square is recorded in the archive's comment, since the arrays do not say it. Arrays that were read
+    from a narrower type, such as bfloat16, are written in it again as long as it holds their values exactly.
 
     Args:
         model: built by this package.
@@ -328,11 +455,13 @@ def save_npz(model, path, layout=None):
         layout: a layout of the family; by default the one the weights were read from, else the family's first.
     """
     family, weights = _ours(model, "save_npz")
-    layout = layout or model.weights_info["layout"] or next(iter(family.layouts))
+    info = model.weights_info
+    layout = layout or info["layout"] or (family.written(model) if family.written else next(iter(family.layouts)))
     if layout not in family.layouts:
         raise errors.ArgumentError(f"save_npz: layout must be one of {', '.join(family.layouts)}, got {layout!r}.")
     grid = family.grid(model)
-    load.save(weights, path, family.layouts[layout], {"grid": list(grid)} if grid[0] != grid[1] else None)
+    metadata = {"grid": list(grid)} if grid and grid[0] != grid[1] else None
+    load.save(weights, path, family.layouts[layout], metadata, info["stored"] if layout == info["layout"] else None)
 
 
 def preprocess_input(x, model=None):
@@ -374,10 +503,18 @@ class Variant:
     resolution: int
     build: object = None
 
+    @property
+    def family(self):
+        return FAMILIES[self.builder.__name__]
+
+    def fits(self, arguments):
+        """Whether a model of these arguments of the builder is one of this row, as far as they go."""
+        return all(self.arguments.get(key, value) == value for key, value in arguments.items())
+
     def imagenet(self, side):
-        """The tag of its ImageNet-1k classifier nearest to a resolution, AugReg's before the original's; None if it has none."""
-        for stem in ("augreg+imagenet2012", "imagenet21k+imagenet2012"):
-            tags = [tag for tag in self.weights if tag.removesuffix("-224") == stem]
+        """The tag of its ImageNet-1k classifier nearest to a resolution, the first kind of `IMAGENET`; None if it has none."""
+        for stem in IMAGENET:
+            tags = [tag for tag in self.weights if re.sub(r"-\d+$", "", tag) == stem]
             if tags:
                 return min(tags, key=lambda tag: abs(self.weights[tag].resolution - side))
         return None
@@ -439,6 +576,28 @@ def _docstring(row):
     settings = ", ".join(f"{key}={value!r}" for key, value in row.arguments.items())
     shared = inspect.getdoc(row.builder).partition("\n")[2]
     return f"{row.name}: {settings}; {row.params:,} parameters with 1,000 classes.\n\n    weights (tag: file):\n{table}\n{shared}"
+
+
+def explain(archive, row):
+    """What a row's constructor would do with an open `files.Npz` at the row's resolution, from names and shapes alone.
+
+    No weight is made and no array read, so that it costs little at any size.
+
+    Returns:
+        dict(layout, adapted, ignored, problems): adapted and ignored are lists of text, problems such lists under headings; the
+        file fits where there are none.
+    """
+    _, shapes, _ = _read_as(archive, row.family)
+    headers = _Headers(str(archive.path), None, None, licence=None, resolution=None, published=False, archive=archive)
+    options = {} if "head/kernel" in shapes else {"include_top": False}
+    with keras.StatelessScope(initialize_variables=False):
+        try:
+            model = row.build(weights=headers, input_shape=(row.resolution, row.resolution, 3), **options)
+        except errors.KerasViTError as error:
+            return dict(layout=None, adapted=[], ignored=[], problems={"the constructor refuses it": [str(error)]})
+    plan = model._facts["plan"]
+    adapted = [does for _, does in plan.adapted.values() if does]
+    return dict(layout=plan.layout, adapted=adapted, ignored=plan.ignored, problems=plan.problems)
 
 
 def list_models(pattern="*"):

@@ -76,7 +76,7 @@ def test_without_top_the_outputs_are_the_grid_or_a_vector(checkpoint):
 
 
 def test_pooling_the_class_token_of_a_model_without_one_is_refused():
-    with pytest.raises(errors.ArgumentError, match="has none"):
+    with pytest.raises(errors.ArgumentError, match="has not"):
         mu(include_top=False, pooling="token", classifier="gap")
 
 
@@ -105,14 +105,18 @@ def test_activation_is_the_checkpoints_own_while_its_head_is_kept(checkpoint):
     [
         (dict(input_shape=(33, 32, 3)), r"nearest size is input_shape=\(32, 32, 3\)"),
         (dict(input_shape=(3, 500, 3)), r"nearest size is input_shape=\(8, 496, 3\)"),
-        (dict(input_shape=(None, None, 3)), "positions are learned for one size"),
+        (dict(input_shape=(None, None, 3)), "a model is made for one size"),
         (dict(input_shape=(32, 32, 1)), r"must be \(height, width, 3\)"),
         (dict(input_shape=(32, 32)), r"must be \(height, width, 3\)"),
         (dict(input_tensor=np.zeros((1, 32, 32, 3))), "symbolic Keras tensor"),
         (dict(classes=0), "classes must be"),
         (dict(classes="10"), "classes must be"),
         (dict(classes=True), "classes must be"),
-        (dict(classifier="map"), "classifier in"),
+        (dict(classifier="cls"), "classifier in"),
+        (dict(positions="rope"), "positions in"),
+        (dict(style="timm"), "style in"),
+        (dict(pooling="map", include_top=False), "needs what classifier='token' has not"),
+        (dict(input_shape=(4, 32, 3), style="big_vision"), "nearest size"),
         (dict(pooling="max", include_top=False), "pooling in"),
         (dict(weights="imagnet"), "got 'imagnet'"),
         (dict(weights=3), "got 3"),
@@ -186,7 +190,7 @@ def test_a_zeroed_head_warns_once_and_cannot_be_decoded_or_evaluated(tmp_path):
     model.get_layer("head").kernel.assign(np.zeros((64, 7)))
     model.get_layer("head").bias.assign(np.zeros(7))
     keras_vit.save_npz(model, tmp_path / "x.npz")
-    with pytest.warns(UserWarning, match=r"all zeros.*augreg.*classes=N.*include_top=False") as caught:
+    with pytest.warns(UserWarning, match=r"all zeros.*classes=N.*include_top=False for features\.") as caught:
         model = keras_vit.ViT_mu(weights=tmp_path / "x.npz")
     assert [w.category for w in caught].count(UserWarning) == 1
     with pytest.raises(errors.ArgumentError, match="same score"):

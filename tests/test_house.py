@@ -13,15 +13,8 @@ PACKAGE = ROOT / "keras_vit"
 FILES = sorted(PACKAGE.rglob("*.py"))
 BACKENDS = {"tensorflow", "jax", "torch"}
 BACKEND_USERS = (
-    "data/pipeline.py",
-    "data/ops.py",
-    "data/text.py",
-    "data/augment.py",
-    "training/",
-    "explain/gradcam.py",
-    "hub.py",
-    "main.py",
-)
+    "data/pipeline.py", "data/text.py", "data/augment.py", "data/ops.py", "training/", "explain/gradcam.py", "hub.py", "main.py",
+)  # fmt: skip
 LEVEL_0 = ("layers", "errors", "checkpoints", "data/pixels", "version")
 LEVEL_1 = (*LEVEL_0, "zoo")
 # What each room may import of the package; the first that fits counts

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 import keras_vit
 from keras_vit import errors, main, zoo
-from keras_vit.configs import augreg, common, digits, models, vit
+from keras_vit.configs import augreg, common, digits, mixer_base16_cifar10, models, vit
 from keras_vit.data import pipeline
 
 # vit_jax/configs/common.py of the original
@@ -92,6 +92,61 @@ def test_pretrained_folder_is_loaded_with_a_new_head_of_zeros(folder, tmp_path, 
     assert not (tmp_path / "run/module").exists()
 
 
+R_TOY = [
+    "--config.model.hidden_size=24", "--config.model.transformer.num_layers=1", "--config.model.transformer.mlp_dim=32",
+    "--config.model.resnet.width_factor=0.5", "--config.pp.crop=64", "--config.batch=4", "--config.accum_steps=1",
+    "--config.total_steps=2", "--config.warmup_steps=1",
+]  # fmt: skip
+MIXER_TOY = ["--config=vit.py:Mixer_mu,{folder}", "--config.batch=4", "--config.accum_steps=2", "--config.warmup_steps=1"]
+
+
+def r_toy(**kwargs):
+    """What the overrides of R_TOY make of R+ViT-Ti_16."""
+    sizes = dict(patch_size=8, width=24, depth=1, heads=3, mlp=32, stages=(), width_factor=0.5)
+    return keras_vit.Hybrid(weights=None, classes=7, **{"input_shape": (64, 64, 3), **sizes, **kwargs})
+
+
+def test_a_hybrid_is_built_from_the_originals_keys_and_its_checkpoint_loaded(folder, tmp_path):
+    keras_vit.save_npz(r_toy(stages=(1, 1), patch_size=1, input_shape=(32, 32, 3)), tmp_path / "R50+ViT-B_16.npz")
+    options = [f"--config=vit.py:r50_b16,{folder}", *R_TOY, "--config.model.resnet.num_layers=(1,1)", "--config.base_lr=0"]
+    options += [f"--config.pretrained_dir={tmp_path}", "--config.model.transformer.num_heads=3", "--noconfig.export"]
+    assert command(tmp_path / "run", *options) == 0
+    before, after = np.load(tmp_path / "R50+ViT-B_16.npz"), np.load(tmp_path / "run/model.npz")
+    assert set(before.files) == set(after.files)
+    for name in ("block2/unit1/conv2/kernel", "gn_root/scale", "Transformer/encoderblock_0/MlpBlock_3/Dense_0/kernel"):
+        np.testing.assert_array_equal(after[name], before[name])
+    assert after["Transformer/posembed_input/pos_embedding"].shape == (1, 65, 24)  # 4 x 4 resampled to 8 x 8
+
+
+def test_a_mixer_trains_from_its_checkpoint_and_is_exported(folder, tmp_path, capsys):
+    keras_vit.save_npz(keras_vit.Mixer_mu(weights=None, classes=7), tmp_path / "Mixer_mu.npz")
+    options = [option.format(folder=folder) for option in MIXER_TOY] + [f"--config.pretrained_dir={tmp_path}"]
+    assert command(tmp_path / "run", *options, "--config.total_steps=3") == 0
+    assert "test accuracy" in capsys.readouterr().out
+    assert keras.saving.load_model(tmp_path / "run/model.keras").output_shape == (None, 2)
+    assert keras_vit.Mixer_mu(weights=tmp_path / "run/model.npz").output_shape == (None, 2)
+    assert command(tmp_path / "other", *options, "--config.pp.crop=48") == 1
+    message = capsys.readouterr().err
+    assert "CheckpointMismatchError" in message and "input_shape=(32, 32, 3)" in message
+    assert not (tmp_path / "other").exists()
+
+
+def test_augreg_takes_the_recommended_file_or_the_one_named_from_a_mirror_or_a_folder(folder, tmp_path, monkeypatch):
+    best = keras_vit.augreg.recommended("R+Ti/16")
+    tuned = f"{best}--imagenet2012-steps_20k-lr_0.03-res_224"
+    (tmp_path / "mirror/vit_models/augreg").mkdir(parents=True)
+    monkeypatch.setenv("KERAS_VIT_BASE_URL", str(tmp_path / "mirror"))
+    monkeypatch.setenv("KERAS_VIT_HOME", str(tmp_path / "home"))
+    keras_vit.save_npz(r_toy(), tmp_path / f"mirror/vit_models/augreg/{best}.npz")
+    keras_vit.save_npz(r_toy(), tmp_path / f"{tuned}.npz")
+    options = [*R_TOY, f"--config.dataset={folder}", "--config.base_lr=0", "--noconfig.export"]
+    by_name = [f"--config.model_or_filename={tuned}", f"--config.pretrained_dir={tmp_path}"]
+    for run, more, file in (("mirror", [], f"mirror/vit_models/augreg/{best}.npz"), ("folder", by_name, f"{tuned}.npz")):
+        assert command(tmp_path / run, "--config=augreg.py:R_Ti_16", *more, *options) == 0
+        got, expected = np.load(tmp_path / run / "model.npz"), np.load(tmp_path / file)
+        np.testing.assert_array_equal(got["conv_root/kernel"], expected["conv_root/kernel"])
+
+
 def test_missing_checkpoint_is_named_and_nothing_is_written(folder, tmp_path, capsys):
     assert command(tmp_path / "run", *toy(folder, f"--config.pretrained_dir={tmp_path}/none")) == 1
     message = capsys.readouterr().err
@@ -136,7 +191,7 @@ def test_unusable_data_end_with_one_message(dataset, tmp_path, capsys):
 def test_common_has_every_key_of_the_original_with_its_default():
     config = common.get_config()
     assert {key: config[key] for key in ORIGINAL} == ORIGINAL
-    assert set(config) - set(ORIGINAL) == {"seed", "augment", "label_smoothing", "position_stddev", "export"}
+    assert set(config) - set(ORIGINAL) == {"seed", "augment", "label_smoothing", "position_stddev", "export", "model_type"}
     with pytest.raises(AttributeError):
         config.batches = 3
 
@@ -170,19 +225,59 @@ def test_augreg_config_has_the_original_values_and_finds_its_files():
     )
     assert augreg.get_config("L_16").model.transformer.dropout_rate == 0.0
     name = "Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0"
-    config = augreg.get_config(name)
-    assert config.model.model_name == "ViT-Ti_16" and main.pretrained_file(config).endswith(f"/{name}.npz")
+    for spelled in (name, f"{name}.npz"):
+        config = augreg.get_config(spelled)
+        assert config.model.model_name == "ViT-Ti_16" and main.pretrained_file(config).endswith(f"/{name}.npz")
 
 
-@pytest.mark.parametrize("name", sorted(zoo.VARIANTS))
+def test_hybrids_and_mixers_have_the_original_values():
+    config = vit.get_config("r50_b16,cifar10")
+    assert (config.model_type, config.base_lr, config.pp.crop) == ("ViT", 0.03, 384)
+    assert config.model.to_dict() == {
+        "model_name": "R50+ViT-B_16",
+        "patches": {"size": (1, 1)},
+        "hidden_size": 768,
+        "transformer": {"mlp_dim": 3072, "num_heads": 12, "num_layers": 12, "attention_dropout_rate": 0.0, "dropout_rate": 0.1},
+        "classifier": "token",
+        "representation_size": None,
+        "resnet": {"num_layers": (3, 4, 9), "width_factor": 1},
+    }
+    assert vit.get_config("r_ti16,cifar100").model.resnet.num_layers == ()
+    mixer = {"model_name": "Mixer-B_16", "patches": {"size": (16, 16)}, "hidden_dim": 768, "num_blocks": 12}
+    mixer |= {"tokens_mlp_dim": 384, "channels_mlp_dim": 3072}
+    for config in (mixer_base16_cifar10.get_config(), vit.get_config("mixer_b16,cifar10")):
+        assert (config.model_type, config.dataset, config.total_steps, config.base_lr) == ("Mixer", "cifar10", 10_000, 0.03)
+        assert config.pp.to_dict() == {"train": "train[:98%]", "test": "test", "crop": 224}
+        assert config.model.to_dict() == mixer
+
+
+# get_*_config of vit_jax/configs/models.py, but for those of tests and of LiT
+KEYS = {
+    "ti16", "s16", "b16", "l16", "h14", "s16_gap_norep", "b16_gap_norep", "b8", "s32", "b32", "l32", "s32_gap_norep",
+    "b32_gap_norep", "r_ti16", "r50_b16", "r26_b32", "r26_s32", "r50_l32", "mixer_b16", "mixer_b32", "mixer_l16",
+}  # fmt: skip
+
+
+def test_the_originals_keys_name_the_originals_models():
+    rows = models.rows()
+    assert set(rows) >= KEYS
+    for name in ("ViT-B_8", "R+ViT-Ti_16", "R26+ViT-S_32", "R26+ViT-B_32", "R50+ViT-L_32", "Mixer-L_16", "ViT-S_16-gap-norep"):
+        assert vit.get_config(f"{name},cifar10").model.model_name == name
+    assert set(models.augreg_rows()) == {
+        "Ti_16", "S_16", "S_32", "B_8", "B_16", "B_32", "L_16", "R_Ti_16", "R26_S_32", "R50_L_32",
+    }  # fmt: skip
+    assert "ViT_S16_bv" not in rows  # whose wiring the original's keys cannot say
+
+
+@pytest.mark.parametrize("name", sorted({row.name for row in models.rows().values()}))
 def test_every_row_has_a_config_that_builds_it(name):
-    row = zoo.VARIANTS[name]
-    arguments = models.arguments(models.from_row(row))
-    patch = row.arguments["patch_size"]
+    row, config = zoo.VARIANTS[name], vit.get_config(f"{name},somewhere")
+    arguments, patch = models.arguments(config), row.arguments["patch_size"]
+    assert models.family(config) == row.family.name
     assert arguments["patch_size"] == (patch, patch)
     for key, value in row.arguments.items():
         assert key == "patch_size" or arguments[key] == value
-    assert all(models.find_row(key, models.vit_rows()) is row for key in (row.name, *row.upstream))
+    assert all(models.find_row(key, models.rows()) is row for key in (row.name, *row.upstream))
 
 
 def test_without_config_the_digits_are_trained_and_overrides_apply():
@@ -208,12 +303,20 @@ def test_without_config_the_digits_are_trained_and_overrides_apply():
         (["--config=digits", "--config.batch=9", "--config.accum_steps=2"], "multiple of config.accum_steps, got 9 and 2"),
         (["--config=digits", "--config.total_steps=50"], "warmup_steps must be less than config.total_steps, got 100 and 50"),
         (["--config=digits", "--config.batch=0"], "config.batch must be at least 1, got 0"),
+        (["--config=digits", "--config.model_type=Mixer"], "none of a Mixer (config.model_type='Mixer'): it lacks the keys"),
+        (["--config=digits", "--config.model_type=BERT"], "config.model_type must be one of 'ViT', 'Mixer', got 'BERT'"),
+        (["--config=vit.py:Mixer_mu,digits", "--config.position_stddev=0.5"], "which a Mixer has not"),
+        (
+            ["--config=vit.py:mixer_b16,digits"],
+            "./Mixer-B_16.npz: there is no such checkpoint. Download it from gs://mixer_models/",
+        ),
+        (["--config=vit.py:SigLIP_B16_bv,digits"], "'SigLIP_B16_bv' is no model of this configuration"),
         (["--config=digits", "--config.pp.crop=9"], "9 x 9 cannot be cut into patches of 2 x 2"),
         (["--config=vit.py:b17,cifar10"], "'b17' is no model of this configuration; nearest: b16"),
         (["--config=vit.py:b16"], "vit.py expects MODEL,DATASET"),
         (["--config=augreg.py:B_16-i21k"], "no AugReg file name"),
         (["--config=augreg.py:B_16"], "config.dataset is not set"),
-        (["--config=nothing.py"], "no file 'nothing.py'; this package has augreg.py, digits.py, vit.py"),
+        (["--config=nothing.py"], "no file 'nothing.py'; this package has augreg.py, digits.py, mixer_base16_cifar10.py, vit.py"),
         (["--confg=digits"], "Unknown command line flag 'confg'"),
         (["digits"], "expected options only, got digits"),
     ],

@@ -1,5 +1,10 @@
-"""The lossy steps between a file and a model, declared and reported: resampling the table of positions."""
+"""The lossy steps between a file and a model, declared and reported: resampling positions and patch kernels.
 
+An adapter has `names`, our weights that it fills together. `plan({name: shape in the file})` gives ({name: shape that comes out},
+what it does in words, None for nothing), or raises CheckpointMismatchError; called with {name: array} it returns {name: array}.
+"""
+
+import functools
 import math
 
 import numpy as np
@@ -7,6 +12,7 @@ import numpy as np
 from keras_vit import errors
 
 MAX_POSITIONS = 2**16  # rows of a file's table; 1,024 pixels in patches of 8 have 16,384
+MAX_PATCH = 256  # pixels
 
 
 def resample_grid(grid, size):
@@ -41,54 +47,138 @@ def loses_edge(old, new):
 
 
 class Positions:
-    """Resamples a learned table (1, n, d) from the file's grid to the model's.
+    """Resamples a learned table of positions (1, n, d) from the file's grid to the model's.
+
+    Tables of google-research/vision_transformer start with a row for the class token, those of big_vision do not; a class token
+    without a row is the same as one with the row added to it. Either fits either, and the grid decides which one a file is.
 
     Args:
-        name: what the weight is called, for messages.
         grid: (h, w) of the model.
-        class_token: whether the model's table starts with the class token, which is kept as it is. The model decides this, not
-            the count of rows.
+        class_token: whether the model has a class token.
+        class_position: whether the model's table starts with a row for it.
         file_grid: (h, w) of the file where it is known, or "square"; None takes a table of the model's own length as it is, as
             the original does, and any other as a square.
     """
 
-    def __init__(self, name, grid, class_token, file_grid=None):
-        self.name, self.grid, self.class_token, self.file_grid = name, tuple(grid), bool(class_token), file_grid
+    TABLE, TOKEN = "tokens/positions", "tokens/cls"
 
-    def source_grid(self, shape, width):
-        """The (h, w) that a table of this shape holds. Raises CheckpointMismatchError if it cannot be one of this model's."""
-        if len(shape) != 3 or shape[0] != 1 or shape[2] != width:
-            raise errors.CheckpointMismatchError(f"{self.name}: expected shape (1, n, {width}), got {shape}")
+    def __init__(self, grid, class_token, class_position=True, file_grid=None):
+        self.grid, self.class_token, self.file_grid = tuple(grid), bool(class_token), file_grid
+        self.class_position = bool(class_token and class_position)
+        self.names = (self.TABLE, self.TOKEN) if class_token else (self.TABLE,)
+
+    def source(self, shape):
+        """((h, w), rows before the grid) of a table of this shape. Raises CheckpointMismatchError if it cannot be one."""
+        if len(shape) != 3 or shape[0] != 1:
+            raise errors.CheckpointMismatchError(f"{self.TABLE}: expected shape (1, n, d), got {shape}")
         if shape[1] > MAX_POSITIONS:  # known before anything is inflated
-            raise errors.CheckpointMismatchError(f"{self.name}: expected at most {MAX_POSITIONS} positions, got {shape[1]}")
-        rows = shape[1] - self.class_token
-        if self.file_grid in (None, "square"):
+            raise errors.CheckpointMismatchError(f"{self.TABLE}: expected at most {MAX_POSITIONS} positions, got {shape[1]}")
+        before = (self.class_position, not self.class_position) if self.class_token else (False,)
+        for rows, extra in ((shape[1] - extra, int(extra)) for extra in before):
+            if self.file_grid is None and rows == math.prod(self.grid):
+                return self.grid, extra
             side = math.isqrt(max(rows, 0))
-            grid = self.grid if self.file_grid is None and rows == math.prod(self.grid) else (side, side)
-        else:
-            grid = tuple(self.file_grid)
-        if rows < 1 or math.prod(grid) != rows:
-            token = "one row for the class token" if self.class_token else "no class token"
+            grid = (side, side) if self.file_grid in (None, "square") else tuple(self.file_grid)
+            if rows > 0 and math.prod(grid) == rows:
+                return grid, extra
+        token = "with or without a row for the class token" if self.class_token else "without a class token"
+        known = "square" if self.file_grid in (None, "square") else f"{self.file_grid[0]} x {self.file_grid[1]}"
+        raise errors.CheckpointMismatchError(
+            f"{self.TABLE}: the file has {shape[1]} positions; {token} they form no {known} grid. "
+            "If the file's grid is not square, pass grid=(h, w)"
+        )
+
+    def plan(self, shapes):
+        if self.TABLE not in shapes:
+            return shapes, None
+        old, extra = self.source(shapes[self.TABLE])
+        after = {**shapes, self.TABLE: (1, self.class_position + math.prod(self.grid), shapes[self.TABLE][2])}
+        does = []
+        if old != self.grid:
+            lost = any(loses_edge(*sides) for sides in zip(old, self.grid))
+            note = "; the last row or column becomes 0, as in the original" if lost else ""
+            does.append(f"grid {old[0]} x {old[1]} resampled to {self.grid[0]} x {self.grid[1]}{note}")
+        if extra != self.class_position:
+            does.append("the class token's row is added to the class token" if extra else "the class token gets a row of zeros")
+        return after, f"{self.TABLE}: {', '.join(does)}" if does else None
+
+    def __call__(self, arrays):
+        table = arrays[self.TABLE]
+        old, extra = self.source(table.shape)
+        first, rows = table[:, :extra], table[0, extra:]
+        if old != self.grid:
+            rows = resample_grid(rows.reshape(*old, -1), self.grid)
+        done = dict(arrays)
+        if extra and not self.class_position:
+            done[self.TOKEN] = arrays[self.TOKEN] + first
+            first = first[:, :0]
+        elif self.class_position and not extra:
+            first = np.zeros((1, 1, table.shape[-1]), np.float32)
+        done[self.TABLE] = np.concatenate([first, rows.reshape(1, -1, table.shape[-1])], axis=1)
+        return done
+
+
+def bilinear(old, new):
+    """(new, old) matrix of linear resampling of a line: half-pixel centres, edges repeated, no antialiasing.
+
+    As `tf.image.resize(method="bilinear")` does along each axis.
+    """
+    at = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
+    low = np.floor(at).astype(int)
+    matrix = np.zeros((new, old))
+    matrix[np.arange(new), low] = 1 - (at - low)
+    matrix[np.arange(new), np.minimum(low + 1, old - 1)] += at - low
+    return matrix
+
+
+def antialiased(old, new):
+    """(new, old) matrix of linear resampling of a line: half-pixel centres, and wider triangles when shrinking.
+
+    As `jax.image.resize(method="linear")` does along each axis; enlarging, the same as `bilinear`.
+    """
+    distance = (np.arange(new)[:, None] + 0.5) * old / new - 0.5 - np.arange(old)
+    matrix = np.maximum(0, 1 - np.abs(distance) / max(old / new, 1))
+    return matrix / matrix.sum(axis=1, keepdims=True)
+
+
+@functools.cache
+def pi_matrices(old, new):
+    """One (new, old) matrix for each side, for `resample_patches` from patches of (h, w) = old to new."""
+    return tuple(np.linalg.pinv(bilinear(*sides).T) for sides in zip(old, new))
+
+
+def resample_patches(kernel, size):
+    """(h, w, c, d) -> (h', w', c, d): PI-resize of a patch embedding (FlexiViT, arXiv 2212.08013, section 3.4).
+
+    The kernel that gives the resized patch what the old one gave the patch: the pseudo-inverse of bilinear resizing. The
+    resizing of an image is that of its rows, then of its columns, and so is the pseudo-inverse.
+
+    Args:
+        kernel: float array.
+        size: (h', w').
+    """
+    rows, columns = pi_matrices(tuple(kernel.shape[:2]), tuple(size))
+    return np.einsum("yh,xw,hwcd->yxcd", rows, columns, kernel, optimize=True).astype(np.float32)
+
+
+class PatchKernel:
+    """Resamples the kernel of the patch embedding to the model's patch size (h, w), by `resample_patches`."""
+
+    names = ("patches/kernel",)
+
+    def __init__(self, size):
+        self.size = tuple(size)
+
+    def plan(self, shapes):
+        (shape,) = shapes.values()
+        if len(shape) != 4 or max(shape[:2]) > MAX_PATCH:
             raise errors.CheckpointMismatchError(
-                f"{self.name}: the file has {shape[1]} positions; with {token} they form no {grid[0]} x {grid[1]} grid. "
-                "If the file's grid is not square, pass grid=(h, w)"
+                f"patches/kernel: expected (h, w, c, d), h and w at most {MAX_PATCH}, got {shape}"
             )
-        return grid
+        if shape[:2] == self.size:
+            return shapes, None
+        does = f"patches/kernel: patches of {shape[0]} x {shape[1]} resampled to {self.size[0]} x {self.size[1]}"
+        return {"patches/kernel": (*self.size, *shape[2:])}, does
 
-    def describe(self, shape, width):
-        """What is done to a table of this shape, in words; None if nothing. Raises as `source_grid`."""
-        old = self.source_grid(shape, width)
-        if old == self.grid:
-            return None
-        lost = any(loses_edge(*sides) for sides in zip(old, self.grid))
-        note = "; the last row or column becomes 0, as in the original" if lost else ""
-        return f"{self.name}: grid {old[0]} x {old[1]} resampled to {self.grid[0]} x {self.grid[1]}{note}"
-
-    def __call__(self, table):
-        """(1, n, d) -> (1, n', d)."""
-        old = self.source_grid(table.shape, table.shape[-1])
-        if old == self.grid:
-            return table
-        tokens, rows = table[:, : int(self.class_token)], table[0, int(self.class_token) :]
-        new = resample_grid(rows.reshape(*old, -1), self.grid)
-        return np.concatenate([tokens, new.reshape(1, -1, table.shape[-1])], axis=1)
+    def __call__(self, arrays):
+        return {"patches/kernel": resample_patches(arrays["patches/kernel"], self.size)}

@@ -1,11 +1,14 @@
 """Checkpoint maps as data: ordered rules (original name, our name, transform), read forward to load and backward to write."""
 
 import dataclasses
+import fnmatch
 import re
+from typing import NamedTuple
 
 from keras_vit.checkpoints.transforms import Whole
 
 _FIELD = re.compile(r"\{([a-z]+)\}")
+_NUMBERS = re.compile(r"(?:\{[a-z]+\}|\d)+")
 
 
 class Template:
@@ -26,20 +29,56 @@ class Template:
         return found and {field: int(value) for field, value in found.groupdict().items()}
 
     def format(self, fields):
-        return self.text.format(**fields)
+        return _FIELD.sub(lambda found: str(fields[found[1]]), self.text)
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """One array of an original file and the weight of ours it becomes."""
+    """One array of an original file and the weight of ours it becomes.
+
+    Args:
+        original, ours: templates of the same fields.
+        transform: how array and weight relate.
+        stacked: the field of `ours` that the original lacks: it keeps the weights of all its values in one array, along a new
+            first axis.
+    """
 
     original: Template
     ours: Template
     transform: Whole = Whole()
+    stacked: str | None = None
 
     def __post_init__(self):
-        if self.original.fields != self.ours.fields:
+        if self.original.fields | ({self.stacked} if self.stacked else set()) != self.ours.fields:
             raise ValueError(f"Rule {self.original.text!r} -> {self.ours.text!r}: both sides need the same fields.")
+
+
+class _Index:
+    """Rules by what their templates have besides numbers, so that a name meets only the few that may fit it."""
+
+    def __init__(self, rules, side):
+        self.side, self.rules = side, {}
+        for r in rules:
+            self.rules.setdefault(_NUMBERS.sub("#", getattr(r, side).text), []).append(r)
+
+    def find(self, name):
+        """[(rule, fields)] of the rules whose template is of the form of `name`."""
+        matches = ((r, getattr(r, self.side).match(name)) for r in self.rules.get(_NUMBERS.sub("#", name), ()))
+        return [(r, fields) for r, fields in matches if fields is not None]
+
+
+class Piece(NamedTuple):
+    """Where a weight of ours, or a part of it, stands in a file.
+
+    Attributes:
+        original: name of the array.
+        transform: how the array, or its layer, relates to the weight.
+        layer: index into the first axis of an array that stacks several weights; None for an array of its own.
+    """
+
+    original: str
+    transform: Whole
+    layer: int | None
 
 
 def rule(original, ours, transform=None):
@@ -47,21 +86,49 @@ def rule(original, ours, transform=None):
 
 
 class Names:
-    """The map of one layout: an ordered list of rules, given singly or in lists."""
+    """The map of one layout: an ordered list of rules, given singly or in lists.
 
-    def __init__(self, *rules):
+    Args:
+        rules: the map.
+        beside: patterns of names that such files hold for something else, such as an optimizer's state; they are left out, and
+            reported.
+    """
+
+    def __init__(self, *rules, beside=()):
         self.rules = [r for group in rules for r in (group if isinstance(group, list) else [group])]
+        self.beside = tuple(beside)
+        self._originals, self._ours = _Index(self.rules, "original"), _Index(self.rules, "ours")
 
-    def under(self, prefix):
+    def under(self, prefix, beside=()):
         """The same map for a file that has all its arrays under `prefix`, such as "params/"."""
-        return Names([dataclasses.replace(r, original=Template(prefix + r.original.text)) for r in self.rules])
+        return Names([dataclasses.replace(r, original=Template(prefix + r.original.text)) for r in self.rules], beside=beside)
 
-    def to_ours(self, original):
-        """[(our name, transform)] of every rule that claims an original name: one, unless the file or the map is wrong."""
-        matches = ((r, r.original.match(original)) for r in self.rules)
-        return [(r.ours.format(fields), r.transform) for r, fields in matches if fields is not None]
+    def stacked(self, each, together, field="i"):
+        """The same map for a file that keeps what lies under `each`, which has `field`, in one array each under `together`."""
+
+        def stack(r):
+            if not r.original.text.startswith(each):
+                return r
+            return dataclasses.replace(r, original=Template(together + r.original.text.removeprefix(each)), stacked=field)
+
+        return Names(list(map(stack, self.rules)), beside=self.beside)
+
+    def is_beside(self, original):
+        """Whether such files hold `original` for something else."""
+        return any(fnmatch.fnmatchcase(original, pattern) for pattern in self.beside)
+
+    def to_ours(self, original, layers=1):
+        """[(our name, transform, layer)] of every rule that claims an original name.
+
+        A rule that stacks gives `layers` names, any other one, with layer None; more than one rule is an error of map or file.
+        """
+        return [
+            (r.ours.format({**fields, r.stacked: layer}), r.transform, layer)
+            for r, fields in self._originals.find(original)
+            for layer in (range(layers) if r.stacked else (None,))
+        ]
 
     def to_original(self, ours):
-        """[(original name, transform)] of every array that one of our weights is written as."""
-        matches = ((r, r.ours.match(ours)) for r in self.rules)
-        return [(r.original.format(fields), r.transform) for r, fields in matches if fields is not None]
+        """Every `Piece` that one of our weights is written as."""
+        found = self._ours.find(ours)
+        return [Piece(r.original.format(fields), r.transform, fields.get(r.stacked)) for r, fields in found]

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import numpy as np
+
 
 @dataclasses.dataclass(frozen=True)
 class Whole:
@@ -17,6 +19,22 @@ class Whole:
 
     def take(self, weight):
         return weight
+
+
+@dataclasses.dataclass(frozen=True)
+class Wrapped(Whole):
+    """The file's array is the weight behind `axes` axes of length 1, as old files keep group-norm arrays."""
+
+    axes: int = 3
+
+    def file_shape(self, shape):
+        return (*(1,) * self.axes, *shape)
+
+    def place(self, array, weight):
+        weight[...] = array.reshape(weight.shape)
+
+    def take(self, weight):
+        return np.reshape(weight, self.file_shape(weight.shape))
 
 
 @dataclasses.dataclass(frozen=True)

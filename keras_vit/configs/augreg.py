@@ -1,10 +1,10 @@
-r"""Fine-tunes from a checkpoint of "How to train your ViT?" (arXiv 2106.10270): `augreg.py:MODEL_OR_FILENAME`.
+r"""Fine-tunes from a checkpoint of "How to train your ViT?" (arXiv 2106.10270), ViTs and hybrids: `augreg.py:MODEL_OR_FILENAME`.
 
-python -m keras_vit.main --workdir=/tmp/vit --config=keras_vit/configs/augreg.py:B_16 \
+python -m keras_vit.main --workdir=/tmp/vit --config=keras_vit/configs/augreg.py:R_Ti_16 \
     --config.dataset=oxford_iiit_pet --config.pp.train='train[:90%]' --config.base_lr=0.01
 
-A model's name (Ti_16, S_16, B_16, ...) stands for its recommended ImageNet-21k file; any other of the 50,000 files is given by
-its full name without ".npz".
+A model's name (Ti_16, S_16, B_16, R_Ti_16, R50_L_32, ...) stands for its recommended ImageNet-21k file, that of the highest
+`final_val`; any other of the 50,000 files is given by its full name without ".npz", here or as --config.model_or_filename.
 """
 
 import ml_collections
@@ -26,7 +26,7 @@ def get_config(model_or_filename=""):
     with config.unlocked():
         config.pretrained_dir = "gs://vit_models/augreg"
         config.model_or_filename = model_or_filename
-        config.model = models.from_row(row)
+        models.use_row(config, row)
         config.model.transformer.dropout_rate = 0.0  # pre-training had regularisation enough
         config.total_steps = 500
         config.warmup_steps = 100

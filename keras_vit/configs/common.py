@@ -55,7 +55,9 @@ def get_config():
     # Only 'train'.
     config.trainer = "train"
 
-    # Set by the other configurations: a model of `models.py`; in augreg.py its AugReg name or file name; preprocessing.
+    # Set by the other configurations: 'ViT' (hybrids too) or 'Mixer'; a model of that type, see models.py; in augreg.py its
+    # AugReg name or file name; preprocessing.
+    config.model_type = "ViT"
     config.model = None
     config.model_or_filename = placeholder(str)
     config.pp = None

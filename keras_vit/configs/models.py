@@ -1,62 +1,91 @@
-"""`config.model`: the original's fields, made from the rows of the registry, and what a builder makes of them."""
+"""`config.model`: the original's keys, made from the rows of the registry, and what a builder makes of them."""
 
 import difflib
 import inspect
+import pathlib
+import re
 
 import ml_collections
 from ml_collections.config_dict import placeholder
 
+import keras_vit
 from keras_vit import errors, zoo
+from keras_vit.checkpoints import augreg
+
+_TRANSFORMER = {
+    "patches.size": "patch_size", "hidden_size": "width", "transformer.mlp_dim": "mlp", "transformer.num_heads": "heads",
+    "transformer.num_layers": "depth", "transformer.attention_dropout_rate": "attention_dropout_rate",
+    "transformer.dropout_rate": "dropout_rate", "classifier": "classifier", "representation_size": "representation_size",
+}  # fmt: skip
+# Key of the original -> argument of the family's builder
+FIELDS = {
+    "ViT": _TRANSFORMER,
+    "Hybrid": {**_TRANSFORMER, "resnet.num_layers": "stages", "resnet.width_factor": "width_factor"},
+    "Mixer": {
+        "patches.size": "patch_size", "hidden_dim": "width", "num_blocks": "depth", "tokens_mlp_dim": "tokens_mlp",
+        "channels_mlp_dim": "channels_mlp",
+    },
+}  # fmt: skip
 
 
-def model_config(
-    model_name, *, patch_size, width, depth, heads, mlp, attention_dropout_rate=0.0, dropout_rate=0.0, classifier="token",
-    representation_size=None,
-):  # fmt: skip
-    """The original's ConfigDict of a ViT; `arguments` is the way back.
+def model_config(model_name, family="ViT", **given):
+    """The original's ConfigDict of a model; `arguments` is the way back.
 
     Its `representation_size=None` means no such layer: what a checkpoint has of it is dropped.
+
+    Args:
+        model_name: that of its checkpoint, without ".npz".
+        family: a key of `FIELDS`.
+        given: arguments of the family's builder; others have its defaults.
     """
-    patch = (patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size)
-    config = ml_collections.ConfigDict()
-    config.model_name = model_name
-    config.patches = ml_collections.ConfigDict({"size": patch})
-    config.hidden_size = width
-    config.transformer = ml_collections.ConfigDict()
-    config.transformer.mlp_dim = mlp
-    config.transformer.num_heads = heads
-    config.transformer.num_layers = depth
-    config.transformer.attention_dropout_rate = attention_dropout_rate
-    config.transformer.dropout_rate = dropout_rate
-    config.classifier = classifier
-    config.representation_size = placeholder(int) if representation_size is None else representation_size
-    return config
+    values = {name: parameter.default for name, parameter in inspect.signature(getattr(keras_vit, family)).parameters.items()}
+    values |= given
+    patch = values["patch_size"]
+    values["patch_size"] = (patch, patch) if isinstance(patch, int) else tuple(patch)
+    if values.get("representation_size") in (None, "auto"):
+        values["representation_size"] = placeholder(int)
+    if "width_factor" in values:
+        values["width_factor"] = float(values["width_factor"])  # the type that --config.model.resnet.width_factor then takes
+    nested = {"model_name": model_name}
+    for key, argument in FIELDS[family].items():
+        parent, _, leaf = key.rpartition(".")
+        (nested.setdefault(parent, {}) if parent else nested)[leaf] = values[argument]
+    return ml_collections.ConfigDict(nested)
+
+
+def family(config):
+    """The builder's name that a configuration means; as in the original, a model with `resnet` is a hybrid."""
+    return "Hybrid" if config.model_type == "ViT" and "resnet" in config.model else config.model_type
 
 
 def arguments(config):
-    """The keywords of `keras_vit.ViT` for a `config.model`."""
-    transformer = config.transformer
-    return dict(
-        patch_size=tuple(config.patches.size),
-        width=config.hidden_size,
-        depth=transformer.num_layers,
-        heads=transformer.num_heads,
-        mlp=transformer.mlp_dim,
-        attention_dropout_rate=transformer.attention_dropout_rate,
-        dropout_rate=transformer.dropout_rate,
-        classifier=config.classifier,
-        representation_size=config.representation_size,
-    )
+    """The builder's keywords for a configuration's `model`.
+
+    Raises:
+        errors.ConfigError: it lacks keys of its family, or has others.
+    """
+    found, fields = dict(_flattened(config.model)), FIELDS[family(config)]
+    found.pop("model_name", None)
+    if set(found) != set(fields):
+        raise errors.ConfigError(
+            f"config.model is none of a {family(config)} (config.model_type={config.model_type!r}): it lacks the keys "
+            f"{sorted(set(fields) - set(found))} and has {sorted(set(found) - set(fields))}; start from vit.py:MODEL,DATASET."
+        )
+    return {argument: found[key] for key, argument in fields.items()}
 
 
-def from_row(row):
-    """The `config.model` of a row of the registry, called as the original calls it."""
-    defaults = {name: parameter.default for name, parameter in inspect.signature(row.build).parameters.items()}
-    fields = list(inspect.signature(model_config).parameters)[1:]
-    values = {name: defaults[name] for name in fields}
-    if values["representation_size"] == "auto":
-        values["representation_size"] = None
-    return model_config(row.upstream[0] if row.upstream else row.name, **values)
+def _flattened(config, prefix=""):
+    for key, value in config.items():
+        if isinstance(value, ml_collections.ConfigDict):
+            yield from _flattened(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def use_row(config, row):
+    """Sets `model_type` and `model` of a configuration to a row of the registry, called as the original calls it."""
+    config.model_type = "Mixer" if row.family.name == "Mixer" else "ViT"
+    config.model = model_config(row.upstream[0] if row.upstream else row.name, row.family.name, **row.arguments)
 
 
 def find_row(name, rows):
@@ -71,18 +100,22 @@ def find_row(name, rows):
     raise errors.ConfigError(f"{name!r} is no model of this configuration; nearest: {', '.join(near)}.")
 
 
-def vit_rows():
-    """{every name: row}: the original's keys ("b16"), its file names ("ViT-B_16") and ours ("ViT_B16")."""
-    rows = {}
+def rows():
+    """{every name: row} of what the original's keys can say.
+
+    Names are the original's keys ("b16", "r50_b16"), its file names ("ViT-B_16", "R50+ViT-B_16") and ours ("ViT_B16").
+    """
+    found = {}
     for row in zoo.VARIANTS.values():
-        for upstream in row.upstream:
-            key = upstream.removeprefix("ViT-").lower().replace("_", "", 1).replace("-", "_")
-            rows |= {key: row, upstream: row}
-        rows[row.name] = row
-    return rows
+        if set(row.arguments) <= set(FIELDS.get(row.family.name, {}).values()):
+            for upstream in row.upstream:
+                key = upstream.replace("ViT-", "").replace("+", "_").replace("-", "_").lower()
+                found |= {re.sub(r"_(?=\d)", "", key): row, upstream: row}
+            found[row.name] = row
+    return found
 
 
 def augreg_rows():
-    """{the original's AugReg name ("B_16"): row} for the rows that have an AugReg checkpoint."""
-    rows = [row for row in zoo.VARIANTS.values() if "augreg" in row.weights]
-    return {row.upstream[0].replace("ViT-", "").replace("+", "_"): row for row in rows}
+    """{the original's AugReg name ("B_16", "R50_L_32"): row} for the rows that have an AugReg checkpoint."""
+    tuned = [row for row in rows().values() if "augreg" in row.weights]
+    return {augreg.parse(pathlib.Path(row.weights["augreg"].source).name)["model"]: row for row in tuned}

@@ -14,6 +14,8 @@ def _uniform(fan_in, fan_out):
 class Attention(keras.layers.Layer):
     """(b, n, d) -> (b, n, d): multi-head self-attention; query, key and value by one fused product.
 
+    With `query` (b, m, d) it is cross-attention, (b, m, d): m queries on n keys and values.
+
     The softmax is computed in float32 whatever the compute type. Weights: `qkv_kernel` (d, 3, heads, d / heads), `qkv_bias`
     (3, heads, d / heads), `out_kernel` (heads, d / heads, d), `out_bias` (d,); the first axis of size 3 is query, key, value.
 
@@ -40,19 +42,22 @@ class Attention(keras.layers.Layer):
         self.out_kernel = self.add_weight(shape=(self.heads, size, width), initializer=init, name="out_kernel")
         self.out_bias = self.add_weight(shape=(width,), initializer="zeros", name="out_bias")
 
-    def call(self, x, training=None, tap=None):
+    def call(self, x, query=None, training=None, tap=None):
         """Returns (b, n, d), or the attention weights (b, heads, query, key) in float32 with tap="scores"."""
-        tokens, width = x.shape[1:]
-        size = width // self.heads
-        x = ops.reshape(x, (-1, width))  # one matrix product over all tokens is faster than one for each image
-        qkv = ops.matmul(x, ops.reshape(self.qkv_kernel, (width, 3 * width))) + ops.reshape(self.qkv_bias, (3 * width,))
-        qkv = ops.reshape(qkv, (-1, tokens, 3, self.heads, size))
-        if tap is None and self._fused(x, training):
-            q, k, v = ops.unstack(qkv, 3, axis=2)
-            mixed = ops.dot_product_attention(q, k, v, scale=size**-0.5)
+        if query is None:
+            projected = [self._project(x, self.qkv_kernel, self.qkv_bias)]
         else:
-            q, k, v = ops.unstack(ops.transpose(qkv, (2, 0, 3, 1, 4)), 3, axis=0)
-            scores = ops.matmul(q * ops.cast(size**-0.5, q.dtype), ops.transpose(k, (0, 1, 3, 2)))
+            projected = [self._project(query, self.qkv_kernel[:, :1], self.qkv_bias[:1])]
+            projected += [self._project(x, self.qkv_kernel[:, 1:], self.qkv_bias[1:])]
+        tokens, width = projected[0].shape[1], x.shape[-1]
+        scale = (width // self.heads) ** -0.5
+        if tap is None and self._fused(x, training):
+            q, k, v = (part for each in projected for part in ops.unstack(each, each.shape[2], axis=2))
+            mixed = ops.dot_product_attention(q, k, v, scale=scale)
+        else:
+            projected = [ops.transpose(each, (2, 0, 3, 1, 4)) for each in projected]
+            q, k, v = (part for each in projected for part in ops.unstack(each, each.shape[0], axis=0))
+            scores = ops.matmul(q * ops.cast(scale, q.dtype), ops.transpose(k, (0, 1, 3, 2)))
             scores = ops.softmax(ops.cast(scores, "float32"), axis=-1)
             if tap == "scores":
                 return scores
@@ -61,6 +66,13 @@ class Attention(keras.layers.Layer):
         mixed = ops.matmul(ops.reshape(mixed, (-1, width)), ops.reshape(self.out_kernel, (width, width))) + self.out_bias
         return ops.reshape(mixed, (-1, tokens, width))
 
+    def _project(self, x, kernel, bias):
+        """(b, n, d) -> (b, n, parts, heads, d / heads), for a kernel (d, parts, heads, d / heads)."""
+        tokens, width = x.shape[1:]
+        x = ops.reshape(x, (-1, width))  # one matrix product over all tokens is faster than one for each image
+        x = ops.matmul(x, ops.reshape(kernel, (width, -1))) + ops.reshape(bias, (-1,))
+        return ops.reshape(x, (-1, tokens, *kernel.shape[1:]))
+
     def _fused(self, x, training):
         if training and self.dropout_rate:
             return False
@@ -68,13 +80,12 @@ class Attention(keras.layers.Layer):
             return _on_accelerator(x)
         return self.flash_attention
 
-    def compute_output_shape(self, input_shape, tap=None):
-        b, n, d = input_shape
-        return (b, self.heads, n, n) if tap == "scores" else (b, n, d)
-
-    def compute_output_spec(self, x, training=None, tap=None):
-        dtype = "float32" if tap == "scores" else self.compute_dtype
-        return keras.KerasTensor(self.compute_output_shape(x.shape, tap), dtype=dtype)
+    def compute_output_spec(self, x, query=None, training=None, tap=None):
+        b, n, d = x.shape
+        m = n if query is None else query.shape[1]
+        if tap == "scores":
+            return keras.KerasTensor((b, self.heads, m, n), dtype="float32")
+        return keras.KerasTensor((b, m, d), dtype=self.compute_dtype)
 
 
 def _on_accelerator(x):

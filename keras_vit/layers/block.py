@@ -3,6 +3,7 @@ import keras
 from keras_vit.layers.attention import Attention
 from keras_vit.layers.drop import DropPath
 from keras_vit.layers.mlp import MLP
+from keras_vit.layers.taps import check_tap
 
 
 @keras.saving.register_keras_serializable("keras_vit")
@@ -41,8 +42,7 @@ class Block(keras.layers.Layer):
             layer.build(input_shape)
 
     def call(self, x, tap=None):
-        if tap is not None and tap not in self.TAPS:
-            raise ValueError(f"Block {self.name!r}: tap must be one of {self.TAPS}, got {tap!r}.")
+        check_tap(self, tap)
         y = self.attention_norm(x)
         if tap == "attention_norm":
             return y
@@ -60,8 +60,6 @@ class Block(keras.layers.Layer):
             return y
         return x + self.drop_path(y)
 
-    def compute_output_shape(self, input_shape, tap=None):
-        return self.attention.compute_output_shape(input_shape, tap)
-
     def compute_output_spec(self, x, tap=None):
+        check_tap(self, tap)
         return self.attention.compute_output_spec(x, tap=tap)

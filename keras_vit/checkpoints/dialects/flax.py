@@ -15,6 +15,11 @@ def dense(original, ours):
 conv = dense
 
 
+def mlp(original, ours):
+    """The two dense layers of an MLP block."""
+    return [*dense(f"{original}/Dense_0", f"{ours}/fc1"), *dense(f"{original}/Dense_1", f"{ours}/fc2")]
+
+
 def norm(original, ours):
     return [rule(f"{original}/scale", f"{ours}/gamma"), rule(f"{original}/bias", f"{ours}/beta")]
 

@@ -1,0 +1,185 @@
+"""What the published files hold, written out by hand from their repositories: the other side of the maps in keras_vit/models.
+
+Each entry of FILES is (path below gs://, model, side of its images, classes or None, width of `pre_logits` or None, MiB or None).
+Paths and sizes: listings in google-research/vision_transformer (vit_jax.ipynb, README.md) and google-research/big_vision.
+"""
+
+# width, depth, heads, hidden width of the MLP
+SIZES = {
+    "Ti": (192, 12, 3, 768), "S": (384, 12, 6, 1536), "B": (768, 12, 12, 3072), "L": (1024, 24, 16, 4096),
+    "H": (1280, 32, 16, 5120), "So400m": (1152, 27, 16, 4304), "g-opt": (1536, 40, 16, 6144),
+}  # fmt: skip
+# units in each stage
+STEMS = {"R": (), "R26": (2, 2, 2, 2), "R50B": (3, 4, 9), "R50": (3, 4, 6, 3)}
+# width, depth, hidden width of token mixing and channel mixing
+MIXERS = {"S": (512, 8, 256, 2048), "B": (768, 12, 384, 3072), "L": (1024, 24, 512, 4096)}
+
+_21K = 21_843
+_AUGREG = [  # model, file, MiB, fine-tuned at 384, fine-tuned at 224
+    ("L/16", "L_16-i21k-300ep-lr_0.001-aug_strong1-wd_0.1-do_0.0-sd_0.0", 1243, "lr_0.01"),
+    ("B/16", "B_16-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.0-sd_0.0", 391, "lr_0.03"),
+    ("S/16", "S_16-i21k-300ep-lr_0.001-aug_light1-wd_0.03-do_0.0-sd_0.0", 115, "lr_0.03"),
+    ("R50+L/32", "R50_L_32-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.1-sd_0.1", 1337, "lr_0.01"),
+    ("R26+S/32", "R26_S_32-i21k-300ep-lr_0.001-aug_light1-wd_0.1-do_0.0-sd_0.0", 170, "lr_0.01"),
+    ("Ti/16", "Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0", 37, "lr_0.03"),
+    ("B/32", "B_32-i21k-300ep-lr_0.001-aug_light1-wd_0.1-do_0.0-sd_0.0", 398, "lr_0.01"),
+    ("S/32", "S_32-i21k-300ep-lr_0.001-aug_none-wd_0.1-do_0.0-sd_0.0", 118, "lr_0.01"),
+    ("R+Ti/16", "R_Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0", 40, "lr_0.03"),
+    ("B/8", "B_8-i21k-300ep-lr_0.001-aug_medium2-wd_0.1-do_0.0-sd_0.0", None, None),
+]  # fmt: skip
+_AUGREG_224 = [
+    ("B/8", "B_8-i21k-300ep-lr_0.001-aug_medium2-wd_0.1-do_0.0-sd_0.0--imagenet2012-steps_20k-lr_0.03-res_224"),
+    ("L/16", "L_16-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.1-sd_0.1--imagenet2012-steps_20k-lr_0.01-res_224"),
+    ("B/16", "B_16-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.0-sd_0.0--imagenet2012-steps_20k-lr_0.01-res_224"),
+    ("S/16", "S_16-i21k-300ep-lr_0.001-aug_light1-wd_0.03-do_0.0-sd_0.0--imagenet2012-steps_20k-lr_0.03-res_224"),
+    ("Ti/16", "Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0--imagenet2012-steps_20k-lr_0.03-res_224"),
+    ("B/32", "B_32-i21k-300ep-lr_0.001-aug_medium1-wd_0.03-do_0.0-sd_0.0--imagenet2012-steps_20k-lr_0.03-res_224"),
+    ("S/32", "S_32-i21k-300ep-lr_0.001-aug_light1-wd_0.1-do_0.0-sd_0.0--imagenet2012-steps_20k-lr_0.03-res_224"),
+    ("S/32", "S_32-i21k-300ep-lr_0.001-aug_light1-wd_0.1-do_0.0-sd_0.0--imagenet2012-steps_20k-lr_0.01-res_224"),
+    ("R50+L/32", "R50_L_32-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.1-sd_0.1--imagenet2012-steps_20k-lr_0.01-res_224"),
+    ("R26+S/32", "R26_S_32-i21k-300ep-lr_0.001-aug_light0-wd_0.03-do_0.1-sd_0.1--imagenet2012-steps_20k-lr_0.03-res_224"),
+    ("R+Ti/16", "R_Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0--imagenet2012-steps_20k-lr_0.03-res_224"),
+]
+
+FILES = [
+    *[(f"vit_models/imagenet21k/{file}", model, 224, _21K, rep, mib) for file, model, rep, mib in [
+        ("ViT-B_8", "B/8", 768, 393.72), ("ViT-B_16", "B/16", 768, 393.69), ("ViT-B_32", "B/32", 768, 400.01),
+        ("ViT-L_16", "L/16", 1024, 1.22 * 1024), ("ViT-L_32", "L/32", 1024, 1.23 * 1024), ("ViT-H_14", "H/14", 1280, 2.46 * 1024),
+        ("R26+ViT-B_32", "R26+B/32", 768, 450.23), ("R50+ViT-B_16", "R50B+B/16", 768, 439.85),
+        ("R50+ViT-L_32", "R50+L/32", 1024, 1.31 * 1024),
+    ]],
+    *[(f"vit_models/imagenet21k+imagenet2012/{file}", model, side, 1000, None, mib) for file, model, side, mib in [
+        ("ViT-B_8", "B/8", 384, 334.78), ("ViT-B_16", "B/16", 384, 331.4), ("ViT-B_16-224", "B/16", 224, 330.29),
+        ("ViT-B_32", "B/32", 384, 336.89), ("ViT-L_16", "L/16", 384, 1.14 * 1024), ("ViT-L_16-224", "L/16", 224, 1.13 * 1024),
+        ("ViT-L_32", "L/32", 384, 1.14 * 1024), ("R50+ViT-B_16", "R50B+B/16", 384, 377.57),
+    ]],
+    *[(f"vit_models/sam/ViT-{file}", model, 224, 1000, None, mib) for file, model, mib in [
+        ("S_16", "S/16", None), ("B_16", "B/16", 330.3), ("B_32", "B/32", 336.61), ("L_16", "L/16", 1.13 * 1024),
+        ("L_32", "L/32", 1.14 * 1024),
+    ]],
+    ("vit_models/gsam/ViT-B_16", "B/16", 224, 1000, None, None),
+    *[(f"vit_models/augreg/{file}", model, 224, _21K, None, mib) for model, file, mib, _ in _AUGREG],
+    *[(f"vit_models/augreg/{file}--imagenet2012-steps_20k-{lr}-res_384", model, 384, 1000, None, None)
+      for model, file, _, lr in _AUGREG if lr],
+    *[(f"vit_models/augreg/{file}", model, 224, 1000, None, None) for model, file in _AUGREG_224],
+    *[(f"mixer_models/{folder}/Mixer-{file}", f"Mixer {file.replace('_', '/')}", 224, classes, None, mib)
+      for folder, classes, files in [
+        ("imagenet1k", 1000, {"B_16": 228.47, "L_16": 794.29}), ("imagenet21k", _21K, {"B_16": 289.61, "L_16": 875.78}),
+        ("sam", 1000, {"B_16": 228.47, "B_32": 230.04}),
+        ("gsam", 1000, {"B_16": 228.47, "B_32": 230.04, "S_16": 70.71, "S_32": 72.91, "S_8": 78.79}),
+      ] for file, mib in files.items()],
+    *[(f"big_vision/flexivit/flexivit_{size.lower()}_i1k{epochs}", f"Flexi {size}", 240, 1000, None, None)
+      for size in "SBL" for epochs in ("", "_90ep", "_300ep", "_600ep")],
+    *[(f"big_vision/flexivit/{file}", "Flexi B", 240, _21K, None, None) for file in [
+        "flexivit_b_i21k_90ep", "flexivit_b_i21k_300ep", "flexivit_b_i21k_1000ep", "vit_b16_i21k_300ep", "vit_b30_i21k_300ep",
+    ]],
+    *[(f"big_vision/vit_s16_i1k_{epochs}ep", "bv gap sincos2d S/16", 224, 1000, 384, None) for epochs in (90, 150, 300)],
+    *[(f"big_vision/zoo/deit3/bv_deit_3_{name}_{side}_{data}", f"bv tok {size}/16", side, 1000, None, None)
+      for name, size in {"small": "S", "base": "B", "large": "L"}.items() for side in (224, 384) for data in ("1k", "21k")],
+    *[(f"big_vision/siglip/webli_{file}", f"bv map {model}", side, None, None, None) for file, model, side in [
+        ("en_b16_224_63724782", "B/16", 224), ("en_b16_256_60500360", "B/16", 256), ("en_b16_384_68578854", "B/16", 384),
+        ("en_b16_512_68580893", "B/16", 512), ("en_l16_256_60552751", "L/16", 256), ("en_l16_384_63634585", "L/16", 384),
+        ("en_so400m_224_57633886", "So400m/14", 224), ("en_so400m_384_58765454", "So400m/14", 384),
+        ("i18n_b16_256_66117334", "B/16", 256),
+    ]],
+    *[(f"big_vision/siglip2/siglip2_{file}_{side}", f"bv map {model}", side, None, None, None) for file, model, sides in [
+        ("b16", "B/16", (224, 256, 384, 512)), ("b32", "B/32", (256,)), ("l16", "L/16", (256, 384, 512)),
+        ("so400m14", "So400m/14", (224, 384)), ("so400m16", "So400m/16", (256, 384, 512)), ("g-opt16", "g-opt/16", (256, 384)),
+    ] for side in sides],
+]  # fmt: skip
+
+
+def _dense(name, *shape, bias=True):
+    return {f"{name}/kernel": shape, **({f"{name}/bias": shape[-1:]} if bias else {})}
+
+
+def _norm(name, width, wrapped=False):
+    return {f"{name}/{leaf}": (1, 1, 1, width) if wrapped else (width,) for leaf in ("scale", "bias")}
+
+
+def _attention(name, width, heads):
+    size = width // heads
+    found = {f"{name}/out/kernel": (heads, size, width), f"{name}/out/bias": (width,)}
+    for part in ("query", "key", "value"):
+        found |= {f"{name}/{part}/kernel": (width, heads, size), f"{name}/{part}/bias": (heads, size)}
+    return found
+
+
+def _mlp(name, width, hidden):
+    return _dense(f"{name}/Dense_0", width, hidden) | _dense(f"{name}/Dense_1", hidden, width)
+
+
+def _encoder(size, names):
+    width, depth, heads, hidden = SIZES[size]
+    found = _norm("Transformer/encoder_norm", width)
+    for block in (f"Transformer/encoderblock_{i}" for i in range(depth)):
+        norm_1, attention, norm_2, mlp = (f"{block}/{name}" for name in names)
+        found |= _norm(norm_1, width) | _attention(attention, width, heads) | _norm(norm_2, width) | _mlp(mlp, width, hidden)
+    return found
+
+
+PRE_LINEN = ("LayerNorm_0", "MultiHeadDotProductAttention_1", "LayerNorm_2", "MlpBlock_3")
+LINEN = ("LayerNorm_0", "MultiHeadDotProductAttention_0", "LayerNorm_1", "MlpBlock_0")
+
+
+def _top(width, classes, rep):
+    found = _dense("pre_logits", width, rep) if rep else {}
+    return found | (_dense("head", rep or width, classes) if classes else {})
+
+
+def _stem(units):
+    """A ResNet of bottlenecks whose group norms are kept as (1, 1, 1, c), and its output's channels."""
+    found = _dense("conv_root", 7, 7, 3, 64, bias=False) | _norm("gn_root", 64, wrapped=True)
+    channels = 64
+    for stage, count in enumerate(units):
+        inner = 64 * 2**stage
+        for unit in range(count):
+            name = f"block{stage + 1}/unit{unit + 1}"
+            shapes = {"1": (1, 1, channels, inner), "2": (3, 3, inner, inner), "3": (1, 1, inner, 4 * inner)}
+            if unit == 0:
+                shapes["_proj"] = (1, 1, channels, 4 * inner)
+            for part, shape in shapes.items():
+                found |= _dense(f"{name}/conv{part}", *shape, bias=False) | _norm(f"{name}/gn{part}", shape[-1], wrapped=True)
+            channels = 4 * inner
+    return found, channels
+
+
+def _mixer(model, side, classes):
+    size, patch = model.split("/")[0], int(model.split("/")[1])
+    width, depth, tokens, channels = MIXERS[size]
+    found = _dense("stem", patch, patch, 3, width) | _norm("pre_head_layer_norm", width) | _top(width, classes, None)
+    for block in (f"MixerBlock_{i}" for i in range(depth)):
+        found |= _norm(f"{block}/LayerNorm_0", width) | _norm(f"{block}/LayerNorm_1", width)
+        found |= _mlp(f"{block}/token_mixing", (side // patch) ** 2, tokens) | _mlp(f"{block}/channel_mixing", width, channels)
+    return found
+
+
+def arrays(model, side, classes, rep):
+    """{name: shape} of all arrays of a published file."""
+    if model.startswith("Mixer "):
+        return _mixer(model.removeprefix("Mixer "), side, classes)
+    *kind, name = model.split(" ")
+    if kind[:1] in (["bv"], ["Flexi"]):
+        flexi = kind == ["Flexi"]
+        size, patch = (name, 32) if flexi else (name.split("/")[0], int(name.split("/")[1]))
+        width, _, heads, hidden = SIZES[size]
+        found = _dense("embedding", patch, patch, 3, width) | _encoder(size, LINEN) | _top(width, classes, rep)
+        if "sincos2d" not in kind:
+            found["pos_embedding"] = (1, 49 if flexi else (side // patch) ** 2, width)
+        if flexi or "tok" in kind:
+            found["cls"] = (1, 1, width)
+        if "map" in kind:
+            found |= {"MAPHead_0/probe": (1, 1, width), **_attention("MAPHead_0/MultiHeadDotProductAttention_0", width, heads)}
+            found |= _norm("MAPHead_0/LayerNorm_0", width) | _mlp("MAPHead_0/MlpBlock_0", width, hidden)
+            return {f"params/img/{name}": shape for name, shape in found.items()} | {"params/t": (1,), "params/b": (1,)}
+        return {f"params/{name}": shape for name, shape in found.items()}
+    stem, _, vit = name.rpartition("+")
+    size, patch = vit.split("/")[0], int(vit.split("/")[1])
+    width, grid = SIZES[size][0], side // (32 if stem == "R" else patch)  # the root of R+Ti/16 shrinks by 4, its patches by 8
+    found = _encoder(size, PRE_LINEN) | _top(width, classes, rep) | {"cls": (1, 1, width)}
+    found["Transformer/posembed_input/pos_embedding"] = (1, 1 + grid**2, width)
+    if stem:
+        body, channels = _stem(STEMS[stem])
+        kernel = 1 if STEMS[stem] else 8
+        return found | body | _dense("embedding", kernel, kernel, channels, width)
+    return found | _dense("embedding", patch, patch, 3, width)
