@@ -14,6 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 BACKENDS = {"tensorflow", "jax", "torch"}
 BACKEND_USERS = (
     "data/pipeline.py", "data/text.py", "data/augment.py", "data/ops.py", "training/", "explain/gradcam.py", "hub.py", "main.py",
+    "console.py",
 )  # fmt: skip
 LEVEL_0 = ("layers", "errors", "checkpoints", "data/pixels", "version")
 LEVEL_1 = (*LEVEL_0, "zoo")
@@ -35,6 +36,7 @@ ALLOWED = {
     "__init__": ("",),
     "configs": ("",),
     "main": ("",),
+    "console": ("",),
 }  # fmt: skip
 
 

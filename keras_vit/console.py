@@ -1,0 +1,436 @@
+"""The command `keras-vit`: what there is, what a file is, downloads, other layouts, and whether this machine is in order.
+
+  keras-vit list 'ViT_B*'
+  keras-vit inspect ViT_B16:imagenet21k
+  keras-vit fetch ViT_B16:augreg ViT-L_32:sam
+  keras-vit convert scanned.npz single.npz --layout=linen
+  keras-vit doctor
+
+A file is a path, a gs:// or https:// URL, an AugReg file name, or VARIANT:TAG with the names that `list` shows or upstream ones;
+VARIANT alone stands for VARIANT:imagenet. The exit status is 0, 1 after an error, which is one line on stderr, and 2 after wrong
+usage. Where Keras cannot be imported with its usual backend, all of these run under KERAS_BACKEND=numpy.
+"""
+
+import argparse
+import difflib
+import fnmatch
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import pathlib
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+import keras
+import numpy as np
+
+import keras_vit
+from keras_vit import errors, zoo
+from keras_vit.checkpoints import augreg, fetch, files, load
+from keras_vit.checkpoints.weights import head_activation
+
+BACKENDS = ("tensorflow", "jax", "torch")
+PACKAGES = (
+    "keras", "numpy", "tensorflow", "tensorflow-cpu", "tensorflow-hub", "tensorflow-datasets", "jax", "jaxlib", "torch", "libtpu",
+)  # fmt: skip
+VARIABLES = re.compile("KERAS_.*|CUDA_VISIBLE_DEVICES|JAX_PLATFORMS|TF_CONFIG|(TF_)?XLA_FLAGS")
+TIMEOUT = 300  # seconds for one backend
+_SHOWN = 8  # entries of a list in text; JSON has all
+_STYLES = {"yes": "green", "no": "red"}
+
+
+# --- what the words of a command line mean
+
+
+def _rows():
+    return {name: row for row in zoo.VARIANTS.values() for name in (row.name, *row.upstream)}
+
+
+def parse(words):
+    """Joins "ViT_B16", "imagenet21k" to "ViT_B16:imagenet21k": a variant and a word that is neither another nor a file."""
+    rows, joined = _rows(), []
+    for word in words:
+        if joined and joined[-1] in rows and word not in rows and not re.search("[/:.]", word):
+            joined[-1] += f":{word}"
+        else:
+            joined.append(word)
+    return joined
+
+
+def _near(word, known):
+    spelled = {name.lower(): name for name in known}
+    found = difflib.get_close_matches(word.lower(), spelled, 3)
+    return f"nearest: {', '.join(spelled[each] for each in found)}" if found else "nothing is called so"
+
+
+def find(word):
+    """The `Weights` record of the file that a word means.
+
+    Raises:
+        errors.ArgumentError: it means none.
+    """
+    rows = _rows()
+    name, _, tag = word.replace(" ", ":", 1).partition(":")
+    if name in rows:
+        return zoo.find_weights(tag or "imagenet", name, rows[name])
+    if "://" in word or augreg.parse(word):
+        return zoo.find_weights(word, "keras-vit")
+    if "/" in word or word.endswith(".npz") or os.path.isfile(word):
+        return zoo.find_weights(pathlib.Path(word), "keras-vit")
+    known = [*rows, *(f"{name}:{tag}" for name, row in rows.items() for tag in row.tags())]
+    raise errors.ArgumentError(
+        f"{word}: expected a file, a gs:// or https:// URL, an AugReg file name or VARIANT:TAG as keras-vit list shows them; "
+        f"{_near(word, known)}."
+    )
+
+
+def _fetched(record, force=False):
+    """(path, sha256) of a record's file."""
+    path, digest = fetch.fetch(record.source, record.size, force=force)
+    return path, digest or fetch.sha256(path)
+
+
+def _some(entries):
+    more = f" and {len(entries) - _SHOWN} more" if len(entries) > _SHOWN else ""
+    return ", ".join(entries[:_SHOWN]) + more
+
+
+# --- the commands: arguments -> (JSON-able document, [(header, rows)] to show of it, exit status)
+
+
+def list_(args):
+    rows = [row for row in zoo.VARIANTS.values() if fnmatch.filter((row.name, *row.upstream), args.pattern)]
+    if not rows:
+        raise errors.ArgumentError(
+            f"{args.pattern}: expected a name or a pattern such as 'ViT_B*'; {_near(args.pattern, _rows())}. "
+            "keras-vit list shows all."
+        )
+    document = [
+        dict(
+            name=row.name, family=row.family.name, upstream=row.upstream, parameters=row.params, resolution=row.resolution,
+            imagenet=row.imagenet(224),
+            weights={tag: dict(source=record.source, size=record.size) for tag, record in row.weights.items()},
+        )
+        for row in rows
+    ]  # fmt: skip
+    shown = []
+    for row in rows:
+        sizes = {tag: f" ({record.size / 2**20:,.0f} MiB)" for tag, record in row.weights.items() if record.size}
+        tags = ", ".join(tag + sizes.get(tag, "") for tag in row.tags())
+        shown.append((row.name, ", ".join(row.upstream), f"{row.params:,}", row.resolution, tags or "none published"))
+    return document, [(("name", "upstream", "parameters", "pixels", "weights"), shown)], 0
+
+
+def inspect(args):
+    words = parse(args.file)
+    if len(words) > 1:
+        raise errors.ArgumentError(f"inspect: expected one file, got {', '.join(words)}; inspect them one after the other.")
+    record = find(words[0])
+    path, digest = _fetched(record)
+    archive = files.Npz(path)
+    reading = zoo.identify(archive)
+    names = zoo.FAMILIES[reading.family].layouts[reading.layout]
+    known, whole = bool(reading.arguments), bool(reading.arguments) and not reading.unknown
+    beside = [name for name in archive.entries if names.is_beside(name) and not names.to_ours(name)]
+    entries = {name: entry for name, entry in archive.entries.items() if name not in set(beside)}
+    document = dict(
+        source=record.source, path=str(path), sha256=digest, size=path.stat().st_size, family=reading.family if known else None,
+        layout=reading.layout if whole else None, resembles=reading.layout if known and not whole else None,
+        unknown=reading.unknown, beside=beside, arguments=reading.arguments,
+        parameters=sum(math.prod(shape) for shape, _ in entries.values()), classes=reading.classes,
+        zero_head=_zero_head(archive, names),
+        activation=record.activation or (head_activation(reading.classes) if reading.classes else None),
+        preprocessing=record.pixels.asdict() if record.published else None, licence=record.licence,
+        variants={name: zoo.explain(archive, zoo.VARIANTS[name]) for name in reading.variants},
+        arrays=[dict(name=name, shape=shape, dtype=_type(dtype)) for name, (shape, dtype) in archive.entries.items()],
+    )  # fmt: skip
+    variants = (("variant", "fits", "what loading does at its resolution"), _fits(document["variants"]))
+    arrays = (("array", "times", "shape", "type"), _arrays(archive, names, args.arrays))
+    return document, [((), _facts(document)), variants, arrays], 0
+
+
+def _type(dtype):
+    return "bfloat16" if dtype.str == "|V2" else str(dtype)
+
+
+def _zero_head(archive, names):
+    """Whether a file's classifier is all zeros, by its kernel; None without one."""
+    for name, (_, dtype) in archive.entries.items():
+        if dtype.str in files.FLOATS and any(ours == "head/kernel" for ours, *_ in names.to_ours(name)):
+            return archive.scan(name) == (0, 0.0)
+    return None
+
+
+def _facts(document):
+    """What `inspect` says of a file as a whole."""
+    layout, pixels = document["layout"] or "unknown", document["preprocessing"]
+    if document["resembles"]:
+        layout = f"unknown; resembles {document['resembles']}, which has no {_some(document['unknown'])}"
+    return [
+        *((key, document[key]) for key in ("source", "path", "sha256") if key != "path" or document[key] != document["source"]),
+        ("size", f"{document['size']:,} bytes"),
+        ("family", document["family"] or f"unknown; none of {', '.join(zoo.FAMILIES)}"),
+        ("layout", layout),
+        *([("left out", _some(document["beside"]))] if document["beside"] else []),
+        ("arguments", ", ".join(f"{key}={value!r}" for key, value in document["arguments"].items()) or "unknown"),
+        ("parameters", f"{document['parameters']:,}"),
+        ("classes", f"{document['classes']:,}" if document["classes"] else "no classifier"),
+        *([("classifier", "all zeros, for fine-tuning and features only")] if document["zero_head"] else []),
+        ("activation", document["activation"] or "none"),
+        ("pixels", ", ".join(f"{key} {value}" for key, value in pixels.items()) if pixels else "not recorded; [-1, 1] assumed"),
+        ("licence", document["licence"] or "not recorded"),
+    ]
+
+
+def _fits(variants):
+    rows = []
+    for name, told in variants.items():
+        dropped = [f"leaves out {_some(told['ignored'])}"] if told["ignored"] else []
+        does = "; ".join(told["adapted"] + dropped) or "takes it as it is"
+        rows.append((name, "no" if told["problems"] else "yes", _problems(told) or does))
+    return rows or [("none registered", "", "")]
+
+
+def _problems(told):
+    """What `zoo.explain` has against a file, in short."""
+    return "; ".join(f"{heading} ({len(entries)}): {entries[0]}" for heading, entries in told["problems"].items())
+
+
+def _arrays(archive, names, each):
+    """The rows of a file's arrays; those of one shape and type whose names differ in the number of their block share a row."""
+    groups = {}
+    for name, (shape, dtype) in archive.entries.items():
+        forms = [name] if each else [rule.original.text for rule in names.rules if rule.original.match(name) is not None]
+        form = forms[0] if forms else re.sub(r"\d+", "{i}", name, count=1)
+        groups.setdefault((form, shape, _type(dtype)), []).append(name)
+    return [
+        (form if len(members) > 1 else members[0], len(members), " x ".join(map(str, shape)) or "scalar", dtype)
+        for (form, shape, dtype), members in groups.items()
+    ]
+
+
+def fetch_(args):
+    document, status = [], 0
+    for word in parse(args.file):
+        try:
+            record = find(word)
+            path, digest = _fetched(record, args.force)
+            document.append(dict(source=record.source, path=str(path), size=path.stat().st_size, sha256=digest))
+        except errors.KerasViTError as error:  # the others are still wanted
+            status = _complain(error)
+    rows = [(each["path"], each["size"], each["sha256"]) for each in document]
+    return document, [(("path", "bytes", "sha256"), rows)] if rows else [], status
+
+
+def convert(args):
+    record, target = find(args.source), pathlib.Path(args.target)
+    if target.suffix != ".npz":
+        raise errors.ArgumentError(f"{target}: expected a file that ends in .npz, the format that is written.")
+    if args.variant and args.variant not in _rows():
+        raise errors.ArgumentError(f"--variant={args.variant}: expected a registered variant; {_near(args.variant, _rows())}.")
+    archive = files.Npz(_fetched(record)[0])
+    reading = zoo.identify(archive)
+    layouts = zoo.FAMILIES[reading.family].layouts
+    layout = args.layout or next(iter(layouts))
+    if layout not in layouts:
+        raise errors.ArgumentError(
+            f"--layout={layout}: expected a layout of family {reading.family}; {_near(layout, layouts)}. "
+            "keras-vit convert --help has all."
+        )
+    if args.variant:
+        problems = _problems(zoo.explain(archive, _rows()[args.variant]))
+        if problems:
+            raise errors.CheckpointMismatchError(
+                f"{archive.path} does not fit {args.variant}: {problems}. Nothing was written; leave out --variant to convert it."
+            )
+    left_out = load.convert(archive, target, layouts[reading.layout], layouts[layout])
+    document = dict(source=record.source, family=reading.family, read_as=reading.layout, layout=layout, left_out=left_out)
+    document |= dict(path=str(target), size=target.stat().st_size, sha256=fetch.sha256(target))
+    return document, [((), [(key, _some(fact) or "nothing" if key == "left_out" else fact) for key, fact in document.items()])], 0
+
+
+def doctor(args):
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    home, lock, cached = fetch.home(), fetch.lock_file(), fetch.cached()
+    place = next(folder for folder in (home, *home.absolute().parents) if folder.is_dir())
+    cache = dict(
+        folder=str(home), writable=os.access(place, os.W_OK), files=len(cached), size=sum(size for _, _, size in cached),
+        free=shutil.disk_usage(place).free, lock_file=str(lock), lock_file_exists=lock.is_file(),
+    )  # fmt: skip
+    environment = {name: _without_password(value) for name, value in sorted(os.environ.items()) if VARIABLES.fullmatch(name)}
+    tried = args.backend or [name for name in BACKENDS if importlib.util.find_spec(name)]
+    document = dict(
+        python=platform.python_version(), platform=platform.platform(), keras_vit=keras_vit.__version__, versions=versions,
+        backend=keras.config.backend(), cache=cache, environment=environment,
+        backends={name: _try(name, args.timeout) for name in tried},
+    )  # fmt: skip
+    facts = [
+        ("python", f"{document['python']}, {document['platform']}"), ("keras_vit", document["keras_vit"]), *versions.items(),
+        ("backend", document["backend"]), ("cache", f"{home}{'' if cache['writable'] else ', which cannot be written'}"),
+        ("cached", f"{len(cached)} files, {cache['size'] / 2**30:.1f} GiB; {cache['free'] / 2**30:.1f} GiB free"),
+        ("lock file", f"{lock}{'' if cache['lock_file_exists'] else ' (none yet)'}"), *environment.items(),
+    ]  # fmt: skip
+    rows = []
+    for name, told in document["backends"].items():
+        if told["problem"]:
+            rows.append((name, "no", "", "", told["problem"]))
+        else:
+            rows.append((name, "yes", f"{told['forward']:.2f} s", f"{told['step']:.2f} s", ", ".join(told["devices"])))
+    table = (("backend", "works", "forward", "training step", "devices"), rows)
+    return document, [((), facts), table], int(any(told["problem"] for told in document["backends"].values()))
+
+
+def _without_password(value):
+    return re.sub(r"//[^/@\s]*@", "//***@", value)
+
+
+def _try(backend, timeout):
+    """dict(problem, devices, forward, step) of `step` in a process of its own; problem is one line, or None."""
+    places = [str(pathlib.Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]
+    environment = os.environ | {"KERAS_BACKEND": backend, "PYTHONPATH": os.pathsep.join(filter(None, places))}
+    command = [sys.executable, "-P", "-c", "from keras_vit import console; console.step()"]
+    options = dict(env=environment, capture_output=True, text=True, errors="replace", timeout=timeout, check=False)
+    told = dict(problem=None, devices=[], forward=None, step=None)
+    try:
+        done = subprocess.run(command, **options)
+    except subprocess.TimeoutExpired:
+        return told | dict(problem=f"no answer within {timeout:g} s")
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        return told | dict(problem=f"exit status {done.returncode}: {_line(last)}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def step():
+    """What `doctor` runs on a backend: a forward and a training step of ViT_mu on random images; prints one line of JSON."""
+    model = keras_vit.ViT_mu(weights=None, classes=10, classifier_activation=None)
+    images = np.random.default_rng(0).uniform(-1, 1, (4, 32, 32, 3)).astype("float32")
+    times = [time.perf_counter()]
+    scores = model.predict_on_batch(images)
+    times.append(time.perf_counter())
+    model.compile(keras.optimizers.SGD(0.1), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    loss = float(model.train_on_batch(images, np.arange(4)))
+    times.append(time.perf_counter())
+    head, problem = load.to_numpy(model.get_layer("head").kernel), None
+    if np.any(scores) or not abs(loss - math.log(10)) < 1e-3:  # the head starts at zero, so all classes are equally likely
+        problem = f"expected scores of 0 and a loss of {math.log(10):.4f}, got up to {np.abs(scores).max():g} and {loss:.4f}"
+    elif not np.any(head) or not np.isfinite(head).all():
+        problem = "expected a finite classifier that is not 0 after a training step, got another"
+    seconds = dict(forward=times[1] - times[0], step=times[2] - times[1])
+    print(json.dumps(dict(problem=problem, devices=_devices(), **seconds)))
+
+
+def _devices():
+    """What this process's backend computes on."""
+    backend = keras.config.backend()
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        found, details = tf.config.list_physical_devices(), tf.config.experimental.get_device_details
+        return [f"{each.name.removeprefix('/physical_device:')} {details(each).get('device_name', '')}".strip() for each in found]
+    if backend == "jax":
+        import jax
+
+        return [f"{each} {each.device_kind}" for each in jax.devices()]
+    import torch
+
+    return ["cpu", *(f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count()))]
+
+
+# --- the command line
+
+
+def _show(header, rows):
+    """Prints a table, with colours on a terminal, else as aligned text."""
+    cells = [[str(cell) for cell in row] for row in ([header] if header else []) + rows]
+    if not sys.stdout.isatty():
+        widths = [max(map(len, column)) for column in zip(*cells)]
+        for row in cells:
+            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+        return
+    from rich import console, table, text
+
+    grid = table.Table(box=None, show_header=bool(header), pad_edge=False)
+    for title in header or [""] * len(cells[0]):
+        grid.add_column(title, overflow="fold")
+    for first, *others in cells[bool(header) :]:
+        grid.add_row(text.Text(first, "cyan"), *(text.Text(cell, _STYLES.get(cell, "")) for cell in others))
+    console.Console(file=sys.stdout, force_terminal=True).print(grid)
+
+
+def _line(text):
+    return "".join(each if each.isprintable() else " " for each in text)
+
+
+def _complain(error):
+    """Says what is wrong in one line; the exit status."""
+    print(f"keras-vit: {_line(str(error))}", file=sys.stderr)
+    return 1
+
+
+def _parser():
+    parser = argparse.ArgumentParser("keras-vit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {keras_vit.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name, run, does):
+        added = commands.add_parser(name, help=does, description=f"{does[0].upper()}{does[1:]}.")
+        added.set_defaults(run=run)
+        added.add_argument("--json", action="store_true", help="print one JSON document")
+        return added
+
+    added = command("list", list_, "list the registered variants and the tags of their weights")
+    added.add_argument("pattern", nargs="?", default="*", help="names to show, here or upstream, such as 'ViT_B*'")
+    added = command("inspect", inspect, "say what a checkpoint is and which variants take it")
+    added.add_argument("file", nargs="+", help="path, URL, AugReg file name or VARIANT:TAG")
+    added.add_argument("--arrays", action="store_true", help="a row for every array, those of all blocks")
+    added = command("fetch", fetch_, "download checkpoints into the cache, verified")
+    added.add_argument("file", nargs="+", help="VARIANT:TAG, AugReg file name or URL")
+    added.add_argument("--force", action="store_true", help="download also what the cache has")
+    added = command(
+        "convert", convert, "rename, stack or unstack a checkpoint's arrays into another layout, bit for bit; no array's content "
+        "changes, so a table of positions keeps its row for the class token or goes on without"
+    )  # fmt: skip
+    added.add_argument("source", help="path, URL, AugReg file name or VARIANT:TAG")
+    added.add_argument("target", help="the .npz to write; an existing one is replaced in one step")
+    added.add_argument("--layout", help="the layout to write, by default the family's commonest")
+    added.add_argument("--variant", help="insist that the file fits this variant")
+    added.epilog = " ".join(f"Layouts of {name}: {', '.join(family.layouts)}." for name, family in zoo.FAMILIES.items())
+    added = command("doctor", doctor, "versions, devices and cache, and a training step on every backend installed")
+    added.add_argument("--backend", action="append", choices=BACKENDS, help="only this one; may be repeated")
+    added.add_argument("--timeout", type=float, default=TIMEOUT, metavar="SECONDS", help=f"for one backend, by default {TIMEOUT}")
+    return parser
+
+
+def main(argv=None):
+    """The console command on a list of arguments, by default the process's. Returns the exit status."""
+    args = _parser().parse_args(argv)
+    try:
+        document, tables, status = args.run(args)
+    except (errors.KerasViTError, OSError) as error:
+        return _complain(error)
+    try:
+        if args.json:
+            print(json.dumps(document, indent=1))
+        for number, (header, rows) in enumerate([] if args.json else tables):
+            print(end="\n" if number else "")
+            _show(header, rows)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough; Python shall not flush the rest at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
