@@ -39,9 +39,9 @@ def gflop_per_image(model):
     in each block, for the scores and for the weighted sum. ViT-B/16 at 224: 35.1.
 
     Returns:
-        A float, or None for a family other than ViT, whose kernels may act along other axes.
+        A float, or None for other families and for attention pooling, whose kernels act along other axes.
     """
-    if model.family != "ViT":
+    if model.family != "ViT" or "map_head" in {layer.name for layer in model.layers}:
         return None
     products = 0
     for layer in model.layers:

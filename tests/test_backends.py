@@ -47,7 +47,7 @@ def test_models_train_tap_and_save_as_on_tensorflow(backend):
         HERE / "test_fit.py",
         HERE / "test_registry.py",
         "-k",
-        "test_fit or training_step and (_mu or 14_bv) or (flash or mixed) and _mu",
+        "test_fit or training_step and (_mu or 14_bv)",
     ]
     environment = {**os.environ, "KERAS_BACKEND": backend}
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, check=False)
