@@ -374,19 +374,24 @@ def identify(archive):
     return dataclasses.replace(first, variants=sum((other.variants for other in others), first.variants))
 
 
-def _ours(model, asked):
-    """The family and the weights of a model that this package built."""
+def _family(model, asked):
+    """The family of a model that this package built."""
     if not isinstance(model, Model) or model.family not in FAMILIES:
         raise errors.ArgumentError(
             f"{asked}: expected a model built by keras_vit, got {type(model).__name__} {getattr(model, 'name', '')!r}; "
             "pass the keras_vit model itself, also where it is nested: outer.get_layer(name)."
         )
-    return FAMILIES[model.family], load.named_weights(model, skip=model._facts["outside"])
+    return FAMILIES[model.family]
+
+
+def _weights(model):
+    """{our name: variable} of a model that this package built."""
+    return load.named_weights(model, skip=model._facts["outside"])
 
 
 def _wanted(model, archive, *, ignore=(), reset_head=False, grid=None, resize_patches=False):
     """What `load.load` and `load.best_plan` take, for the arguments of `load_weights`."""
-    family, weights = _ours(model, "load_weights")
+    family, weights = FAMILIES[model.family], _weights(model)
     head = [name for name in weights if name.startswith("head/")]
     if reset_head and not head:
         raise errors.ArgumentError(f"load_weights: {model.name!r} has no head to reset; leave reset_head out.")
@@ -412,7 +417,7 @@ def load_weights(model, path, *, ignore=(), reset_head=False, grid=None, resize_
         errors.CheckpointMismatchError: names or shapes do not fit; lists all; the model is unchanged.
         errors.CheckpointFormatError: not an intact file, or values that are not finite; the model is unchanged.
     """
-    _ours(model, "load_weights")  # before a file is fetched
+    _family(model, "load_weights")  # before a file is fetched
     archive = path if isinstance(path, files.Npz) else _open(path)
     wanted = _wanted(model, archive, ignore=ignore, reset_head=reset_head, grid=grid, resize_patches=resize_patches)
     try:
@@ -454,14 +459,14 @@ def save_npz(model, path, layout=None):
         path: file to write; replaced in one step.
         layout: a layout of the family; by default the one the weights were read from, else the family's first.
     """
-    family, weights = _ours(model, "save_npz")
+    family = _family(model, "save_npz")
     info = model.weights_info
     layout = layout or info["layout"] or (family.written(model) if family.written else next(iter(family.layouts)))
     if layout not in family.layouts:
         raise errors.ArgumentError(f"save_npz: layout must be one of {', '.join(family.layouts)}, got {layout!r}.")
     grid = family.grid(model)
     metadata = {"grid": list(grid)} if grid and grid[0] != grid[1] else None
-    load.save(weights, path, family.layouts[layout], metadata, info["stored"] if layout == info["layout"] else None)
+    load.save(_weights(model), path, family.layouts[layout], metadata, info["stored"] if layout == info["layout"] else None)
 
 
 def preprocess_input(x, model=None):

@@ -68,8 +68,9 @@ def _matches(name, patterns):
 def _plan(layout, names, weights, archive, adapters, ignore, reset):
     """The `Plan` of one layout."""
     plan, wanted = Plan(layout), {}
-    for ours in weights:
-        for original, transform, layer in names.to_original(ours) if ours not in reset else ():
+    pieces = {ours: names.to_original(ours) for ours in weights if ours not in reset}
+    for ours, found in pieces.items():
+        for original, transform, layer in found:
             wanted.setdefault(original, []).append((ours, transform, layer))
     for original, (shape, _) in archive.entries.items():
         claims = names.to_ours(original, min(shape[0], MAX_LAYERS) if shape else 1)
@@ -84,9 +85,9 @@ def _plan(layout, names, weights, archive, adapters, ignore, reset):
             plan.targets[original] = wanted[original]
         elif not any(ours in reset for ours, *_ in claims):
             plan.blame("names in the file for a weight that the model does not have", f"{original} (our {claims[0][0]})")
-    for ours in (ours for ours in weights if ours not in reset):
-        missing = [piece.original for piece in names.to_original(ours) if piece.original not in plan.targets]
-        for original in missing or ([] if names.to_original(ours) else [f"{ours}, which has no rule"]):
+    for ours, found in pieces.items():
+        missing = [piece.original for piece in found if piece.original not in plan.targets]
+        for original in missing if found else [f"{ours}, which has no rule"]:
             plan.blame("weights of the model that the file does not fill", f"{ours} (expected {original})")
     after = {original: archive.entries[original][0] for original in plan.targets}
     for adapter in adapters:

@@ -249,17 +249,13 @@ Hybrid_mu = variant("Hybrid_mu", Hybrid, **vit.MU, patch_size=1, stages=(1, 1), 
 R_ViT_Ti16 = variant(
     "R_ViT_Ti16", Hybrid, **vit.TI, patch_size=8, stages=(), params=6_337_704, upstream=("R+ViT-Ti_16", "R_Ti_16"),
     weights=vit.augreg_files(
-        "R_Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0", 40,
-        "R_Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0--imagenet2012-steps_20k-lr_0.03-res_384",
-        "R_Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0--imagenet2012-steps_20k-lr_0.03-res_224",
+        "R+Ti/16", "R_Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0--imagenet2012-steps_20k-lr_0.03-res_224"
     ),
 )  # fmt: skip
 R26_ViT_S32 = variant(
     "R26_ViT_S32", Hybrid, **vit.S, patch_size=1, stages=(2, 2, 2, 2), params=36_431_912, upstream=("R26+ViT-S_32", "R26_S_32"),
     weights=vit.augreg_files(
-        "R26_S_32-i21k-300ep-lr_0.001-aug_light1-wd_0.1-do_0.0-sd_0.0", 170,
-        "R26_S_32-i21k-300ep-lr_0.001-aug_light1-wd_0.1-do_0.0-sd_0.0--imagenet2012-steps_20k-lr_0.01-res_384",
-        "R26_S_32-i21k-300ep-lr_0.001-aug_light0-wd_0.03-do_0.1-sd_0.1--imagenet2012-steps_20k-lr_0.03-res_224",
+        "R26+S/32", "R26_S_32-i21k-300ep-lr_0.001-aug_light0-wd_0.03-do_0.1-sd_0.1--imagenet2012-steps_20k-lr_0.03-res_224"
     ),
 )  # fmt: skip
 R26_ViT_B32 = variant(
@@ -275,8 +271,6 @@ R50_ViT_L32 = variant(
     "R50_ViT_L32", Hybrid, **vit.L, patch_size=1, stages=(3, 4, 6, 3), dropout_rate=0.1, params=328_994_856,
     upstream=("R50+ViT-L_32", "R50_L_32"),
     weights=vit.imagenet21k("R50+ViT-L_32", 1.31 * 1024) | vit.augreg_files(
-        "R50_L_32-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.1-sd_0.1", 1337,
-        "R50_L_32-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.1-sd_0.1--imagenet2012-steps_20k-lr_0.01-res_384",
-        "R50_L_32-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.1-sd_0.1--imagenet2012-steps_20k-lr_0.01-res_224",
+        "R50+L/32", "R50_L_32-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.1-sd_0.1--imagenet2012-steps_20k-lr_0.01-res_224"
     ),
 )  # fmt: skip

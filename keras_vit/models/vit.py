@@ -267,10 +267,11 @@ def _sam(file, mib):
     return {"sam": google(f"sam/{file}", mib)}
 
 
-def augreg_files(name, mib, *tuned):
-    """The recommended ImageNet-21k file of a model, and its ImageNet-1k classifiers at 384 and 224."""
-    found = {"augreg": augreg.weights(name, mib)}
-    for file in tuned:
+def augreg_files(name, *others):
+    """The recommended ImageNet-21k file of a model ("B/16"), its ImageNet-1k classifier, and that of another resolution."""
+    pick = augreg.RECOMMENDED[name]
+    found = {"augreg": augreg.weights(pick.filename, pick.mib)}
+    for file in (pick.file, *others):
         record = augreg.weights(file)
         found["augreg+imagenet2012" + ("-224" if record.resolution == 224 else "")] = record
     return found
@@ -281,58 +282,43 @@ ViT_mu = variant("ViT_mu", ViT, **MU, patch_size=8, resolution=32, params=145_57
 ViT_Ti16 = variant(
     "ViT_Ti16", ViT, **TI, patch_size=16, params=5_717_416, upstream=("ViT-Ti_16",),
     weights=augreg_files(
-        "Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0", 37,
-        "Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0--imagenet2012-steps_20k-lr_0.03-res_384",
-        "Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0--imagenet2012-steps_20k-lr_0.03-res_224",
+        "Ti/16", "Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0--imagenet2012-steps_20k-lr_0.03-res_224"
     ),
 )  # fmt: skip
 ViT_S16 = variant(
     "ViT_S16", ViT, **S, patch_size=16, params=22_050_664, upstream=("ViT-S_16",),
     weights=_sam("ViT-S_16", 252.57) | augreg_files(
-        "S_16-i21k-300ep-lr_0.001-aug_light1-wd_0.03-do_0.0-sd_0.0", 115,
-        "S_16-i21k-300ep-lr_0.001-aug_light1-wd_0.03-do_0.0-sd_0.0--imagenet2012-steps_20k-lr_0.03-res_384",
-        "S_16-i21k-300ep-lr_0.001-aug_light1-wd_0.03-do_0.0-sd_0.0--imagenet2012-steps_20k-lr_0.03-res_224",
+        "S/16", "S_16-i21k-300ep-lr_0.001-aug_light1-wd_0.03-do_0.0-sd_0.0--imagenet2012-steps_20k-lr_0.03-res_224"
     ),
 )  # fmt: skip
 ViT_S32 = variant(
     "ViT_S32", ViT, **S, patch_size=32, params=22_878_952, upstream=("ViT-S_32",),
     weights=augreg_files(
-        "S_32-i21k-300ep-lr_0.001-aug_none-wd_0.1-do_0.0-sd_0.0", 118,
-        "S_32-i21k-300ep-lr_0.001-aug_none-wd_0.1-do_0.0-sd_0.0--imagenet2012-steps_20k-lr_0.01-res_384",
-        "S_32-i21k-300ep-lr_0.001-aug_light1-wd_0.1-do_0.0-sd_0.0--imagenet2012-steps_20k-lr_0.01-res_224",
+        "S/32", "S_32-i21k-300ep-lr_0.001-aug_light1-wd_0.1-do_0.0-sd_0.0--imagenet2012-steps_20k-lr_0.01-res_224"
     ),
 )  # fmt: skip
 ViT_B8 = variant(
     "ViT_B8", ViT, **B, patch_size=8, params=86_576_872, upstream=("ViT-B_8",),
-    weights=imagenet21k("ViT-B_8", 393.72) | imagenet2012("ViT-B_8", 334.78) | augreg_files(
-        "B_8-i21k-300ep-lr_0.001-aug_medium2-wd_0.1-do_0.0-sd_0.0", None,
-        "B_8-i21k-300ep-lr_0.001-aug_medium2-wd_0.1-do_0.0-sd_0.0--imagenet2012-steps_20k-lr_0.03-res_224",
-    ),
+    weights=imagenet21k("ViT-B_8", 393.72) | imagenet2012("ViT-B_8", 334.78) | augreg_files("B/8"),
 )  # fmt: skip
 ViT_B16 = variant(
     "ViT_B16", ViT, **B, patch_size=16, params=86_567_656, upstream=("ViT-B_16",),
     weights=imagenet21k("ViT-B_16", 393.69) | imagenet2012("ViT-B_16", 331.4) | imagenet2012("ViT-B_16-224", 330.29, 224)
     | _sam("ViT-B_16", 330.3) | {"gsam": google("gsam/ViT-B_16", activation="sigmoid")} | augreg_files(
-        "B_16-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.0-sd_0.0", 391,
-        "B_16-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.0-sd_0.0--imagenet2012-steps_20k-lr_0.03-res_384",
-        "B_16-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.0-sd_0.0--imagenet2012-steps_20k-lr_0.01-res_224",
+        "B/16", "B_16-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.0-sd_0.0--imagenet2012-steps_20k-lr_0.01-res_224"
     ),
 )  # fmt: skip
 ViT_B32 = variant(
     "ViT_B32", ViT, **B, patch_size=32, params=88_224_232, upstream=("ViT-B_32",),
     weights=imagenet21k("ViT-B_32", 400.01) | imagenet2012("ViT-B_32", 336.89) | _sam("ViT-B_32", 336.61) | augreg_files(
-        "B_32-i21k-300ep-lr_0.001-aug_light1-wd_0.1-do_0.0-sd_0.0", 398,
-        "B_32-i21k-300ep-lr_0.001-aug_light1-wd_0.1-do_0.0-sd_0.0--imagenet2012-steps_20k-lr_0.01-res_384",
-        "B_32-i21k-300ep-lr_0.001-aug_medium1-wd_0.03-do_0.0-sd_0.0--imagenet2012-steps_20k-lr_0.03-res_224",
+        "B/32", "B_32-i21k-300ep-lr_0.001-aug_medium1-wd_0.03-do_0.0-sd_0.0--imagenet2012-steps_20k-lr_0.03-res_224"
     ),
 )  # fmt: skip
 ViT_L16 = variant(
     "ViT_L16", ViT, **L, patch_size=16, dropout_rate=0.1, params=304_326_632, upstream=("ViT-L_16",),
     weights=imagenet21k("ViT-L_16", 1.22 * 1024) | imagenet2012("ViT-L_16", 1.14 * 1024)
     | imagenet2012("ViT-L_16-224", 1.13 * 1024, 224) | _sam("ViT-L_16", 1.13 * 1024) | augreg_files(
-        "L_16-i21k-300ep-lr_0.001-aug_strong1-wd_0.1-do_0.0-sd_0.0", 1243,
-        "L_16-i21k-300ep-lr_0.001-aug_strong1-wd_0.1-do_0.0-sd_0.0--imagenet2012-steps_20k-lr_0.01-res_384",
-        "L_16-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.1-sd_0.1--imagenet2012-steps_20k-lr_0.01-res_224",
+        "L/16", "L_16-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.1-sd_0.1--imagenet2012-steps_20k-lr_0.01-res_224"
     ),
 )  # fmt: skip
 ViT_L32 = variant(
