@@ -1,19 +1,25 @@
-"""The command `keras-vit`: what there is, what a file is, downloads, other layouts, and whether this machine is in order.
+"""The command `keras-vit`: what there is, what a file is, downloads, other layouts, how good a model is, and whether this machine
+is in order.
 
   keras-vit list 'ViT_B*'
   keras-vit inspect ViT_B16:imagenet21k
   keras-vit fetch ViT_B16:augreg ViT-L_32:sam
   keras-vit convert scanned.npz single.npz --layout=linen
+  keras-vit evaluate ViT_B16 imagenet2012:validation
+  keras-vit fewshot ViT_B16:imagenet21k flowers --shots=1,5,10
   keras-vit doctor
 
 A file is a path, a gs:// or https:// URL, an AugReg file name, or VARIANT:TAG with the names that `list` shows or upstream ones;
 VARIANT alone stands for VARIANT:imagenet. The exit status is 0, 1 after an error, which is one line on stderr, and 2 after wrong
-usage. Where Keras cannot be imported with its usual backend, all of these run under KERAS_BACKEND=numpy.
+usage. Where Keras cannot be imported with its usual backend, all of these run under KERAS_BACKEND=numpy, evaluate and fewshot
+excepted: images are read by TensorFlow, and models run on the backend.
 """
 
 import argparse
+import dataclasses
 import difflib
 import fnmatch
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -26,6 +32,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 
 import keras
 import numpy as np
@@ -34,6 +41,8 @@ import keras_vit
 from keras_vit import errors, zoo
 from keras_vit.checkpoints import augreg, fetch, files, load
 from keras_vit.checkpoints.weights import head_activation
+from keras_vit.data.pixels import Pixels
+from keras_vit.evaluation import classify, fewshot, real
 
 BACKENDS = ("tensorflow", "jax", "torch")
 PACKAGES = (
@@ -255,6 +264,193 @@ def convert(args):
     return document, [((), [(key, _some(fact) or "nothing" if key == "left_out" else fact) for key, fact in document.items()])], 0
 
 
+def evaluate(args):
+    dataset, split = _split(args.dataset)
+    source = _source(dataset, split, args)
+    model, pixels = _model(args.model)
+    options = _kind(model)
+    if model.output_shape[-1] != source.num_classes:
+        raise errors.ArgumentError(
+            f"{dataset} has {source.num_classes:,} classes ({_some(source.class_names)}) and {args.model} has "
+            f"{model.output_shape[-1]:,}: expected the same. Fine-tune the model on that data set, or see keras-vit fewshot."
+        )
+    if zoo.zero_head(model):
+        raise errors.ArgumentError(
+            f"{args.model}: its classifier is all zeros and prefers no class. Fine-tune it, or see keras-vit fewshot."
+        )
+    if args.real:
+        options["sets"] = real.sets(real.real_labels(args.real), real.file_names(source, args.data_dir))
+    told = {}
+    found = _reading(
+        lambda: classify.evaluate(model, _timed(_batches(source, model, pixels, args), told), worst=_SHOWN, **options), source
+    )
+    classes = [
+        dict(name=name, examples=int(count), accuracy=float(share) if count else None)
+        for name, count, share in zip(source.class_names, found.class_examples, found.class_accuracy)
+    ]
+    document = dict(
+        model=args.model, source=_info(model).get("source"), dataset=source.dataset, split=source.split, examples=found.examples,
+        classes=source.num_classes, resolution=model.input_shape[1:3], preprocessing=pixels.asdict(), top1=found.accuracy,
+        interval=found.interval, top5=found.top5, real=dataclasses.asdict(found.real) if found.real else None, nll=found.nll,
+        ece=found.ece, backend=keras.config.backend(), **told, per_class=classes,
+        worst=[dict(zip(("index", "label", "predicted", "probability"), each)) for each in found.worst],
+    )  # fmt: skip
+    facts = [
+        *_of_both(document), ("images", f"{found.examples:,}"),
+        ("top-1", f"{found.accuracy:.2%} ({found.interval[0]:.2%} to {found.interval[1]:.2%}, 95% Wilson)"),
+        *([("top-5", f"{found.top5:.2%}")] if found.top5 is not None else []),
+    ]  # fmt: skip
+    if found.real:
+        low, high = found.real.interval
+        facts.append(("ReaL", f"{found.real.accuracy:.2%} ({low:.2%} to {high:.2%}) of {found.real.examples:,} images"))
+    facts += [
+        ("expected calibration error", f"{found.ece:.2%}, {classify.BINS} bins"),
+        ("negative log-likelihood", f"{found.nll:.4f}"),
+        ("speed", f"{told['images_per_second']:,.1f} images/s with reading, on {keras.config.backend()}"),
+    ]
+    order = np.argsort(found.class_accuracy, kind="stable")[: np.count_nonzero(found.class_examples)]  # NaN comes last
+    rows = [
+        (each["name"], f"{each['accuracy']:.1%}", f"{each['examples']:,}", _taken_for(found.confusion, number, source))
+        for number, each in ((number, classes[number]) for number in order[:5])
+    ]
+    return document, [((), facts), (("worst classes", "top-1", "images", "most often taken for"), rows)], 0
+
+
+def few_shot(args):
+    training, test = (_source(args.dataset, split, args) for split in (args.train, args.test))
+    if training.class_names != test.class_names:
+        raise errors.ArgumentError(f"{args.dataset}: {args.train} and {args.test} have different classes; expected the same.")
+    model, pixels = _model(args.model)
+    model = fewshot.representation(model)
+    taken = [
+        _reading(lambda source=source: fewshot.features(model, _batches(source, model, pixels, args)), source)
+        for source in (training, test)
+    ]
+    seeds = tuple(range(args.seeds))
+    options = dict(shots=args.shots, l2=args.l2, seeds=seeds, classes=training.num_classes)
+    rows = fewshot.fewshot(*taken[0], *taken[1], **options)
+    document = dict(
+        model=args.model, dataset=training.dataset, train=training.split, test=test.split, classes=training.num_classes,
+        train_examples=len(taken[0][1]), examples=len(taken[1][1]), features=taken[0][0].shape[1],
+        resolution=model.input_shape[1:3], preprocessing=pixels.asdict(), seeds=seeds, backend=keras.config.backend(),
+        rows=[dataclasses.asdict(row) for row in rows],
+    )  # fmt: skip
+    shown = [
+        (row.shots, f"{row.l2:g}", f"{row.accuracy:.2%}", " ".join(f"{each:.2%}" for each in row.accuracies), row.examples)
+        for row in rows
+    ]
+    splits = f"{args.train} to learn from, {args.test} to test"
+    facts = [*_of_both(document | dict(split=splits)), ("features", document["features"])]
+    return document, [((), facts), (("shots", "l2", "top-1", "each seed", "images"), shown)], 0
+
+
+def _of_both(document):
+    """What `evaluate` and `few_shot` say first."""
+    height, width = document["resolution"]
+    return [
+        ("model", document["model"]), ("data", f"{document['dataset']}, {document['split']}"),
+        ("classes", f"{document['classes']:,}"), ("pixels", f"{height} x {width}"),
+    ]  # fmt: skip
+
+
+def _taken_for(confusion, number, source):
+    if confusion is None:
+        return ""
+    row = np.where(np.arange(len(confusion)) == number, 0, confusion[number])
+    return f"{source.class_names[row.argmax()]} ({row.max():,})" if row.any() else "none"
+
+
+def _split(word):
+    """ "cifar10:train[:5%]" -> ("cifar10", "train[:5%]"); the split is "test" where none is named, and 5.1.0 is a version."""
+    found = re.fullmatch(r"(.+?):([A-Za-z][\w-]*(?:\[[^]]*\])?)", word)
+    return found.groups() if found and not os.path.isdir(word) else (word, "test")
+
+
+def _source(dataset, split, args):
+    from keras_vit.data import pipeline  # imports TensorFlow
+
+    return pipeline.open_source(dataset, split, data_dir=args.data_dir)
+
+
+def _batches(source, model, pixels, args):
+    from keras_vit.data import pipeline
+
+    return pipeline.eval_batches(source, size=model.input_shape[1:3], batch=args.batch, pixels=pixels)
+
+
+def _reading(run, source):
+    """`run()`, with the files named that cannot be decoded."""
+    import tensorflow as tf
+
+    from keras_vit.data import pipeline
+
+    try:
+        return run()
+    except tf.errors.OpError as error:
+        return pipeline.raise_unreadable(error, source)
+
+
+def _timed(batches, told):
+    """The batches; at the end `told` gets the images per second, without the first batch, which compiles, if there are others."""
+    began, images, first = time.perf_counter(), 0, None
+    for batch in batches:
+        yield batch
+        images += len(batch[0])
+        first = first or (images, time.perf_counter())
+    if first and images > first[0]:
+        images, began = images - first[0], first[1]
+    told["images_per_second"] = images / (time.perf_counter() - began)
+
+
+def _info(model):
+    return getattr(model, "weights_info", {})
+
+
+def _model(word):
+    """(model, the `Pixels` it wants) of VARIANT, VARIANT:WEIGHTS or a .keras file.
+
+    Raises:
+        errors.ArgumentError: it is none of them.
+    """
+    name, _, weights = word.partition(":")
+    if name in _rows():
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*is all zeros")  # evaluate refuses it, fewshot does not use it
+            model = _rows()[name].build(weights=weights or "imagenet")
+    elif word.endswith(".keras"):
+        try:
+            model = keras.saving.load_model(word, compile=False)
+        except Exception as error:  # Keras says in many ways that a file is missing, damaged or of unknown classes
+            raise errors.ArgumentError(f"{word}: expected a model stored by Keras, which cannot load it: {error}") from error
+    else:
+        raise errors.ArgumentError(f"{word}: expected VARIANT[:WEIGHTS] or a .keras file; {_near(name, _rows())}.")
+    shapes = model.input_shape, model.output_shape
+    if any(isinstance(shape, list) for shape in shapes) or len(shapes[0]) != 4 or None in shapes[0][1:] or shapes[0][3] != 3:
+        raise errors.ArgumentError(
+            f"{word}: expected a model of RGB images of one size, got input {shapes[0]}, output {shapes[1]}."
+        )
+    info = _info(model)
+    if info.get("include_preprocessing"):
+        return model, Pixels(mean=(0.0,) * 3, std=(1.0,) * 3)
+    return model, Pixels.from_dict(info["preprocessing"]) if info else Pixels()
+
+
+def _kind(model):
+    """What the scores of a classifier are, as options of `classify.evaluate`, by the activation of its last layer."""
+    last = model.layers[-1]
+    activation = keras.activations.softmax if isinstance(last, keras.layers.Softmax) else getattr(last, "activation", None)
+    kinds = {
+        keras.activations.softmax: {}, keras.activations.sigmoid: dict(multi_label=True),
+        keras.activations.linear: dict(from_logits=True),
+    }  # fmt: skip
+    if activation not in kinds or len(model.output_shape) != 2:
+        raise errors.ArgumentError(
+            f"{model.name}: expected a classifier that ends in logits, a softmax or a sigmoid, (b, classes), got layer "
+            f"{last.name!r} of output {model.output_shape}; see keras-vit fewshot for features."
+        )
+    return dict(kinds[activation])
+
+
 def doctor(args):
     versions = {}
     for name in PACKAGES:
@@ -407,10 +603,54 @@ def _parser():
     added.add_argument("--layout", help="the layout to write, by default the family's commonest")
     added.add_argument("--variant", help="insist that the file fits this variant")
     added.epilog = " ".join(f"Layouts of {name}: {', '.join(family.layouts)}." for name, family in zoo.FAMILIES.items())
+    added = command("evaluate", evaluate, "top-1 and top-5 with their certainty, calibration and speed of a model on a data set")
+    added.add_argument("model", help="VARIANT[:WEIGHTS] or FILE.keras; WEIGHTS is a tag, AugReg file name, path or URL")
+    added.add_argument("dataset", help="digits, a folder of SPLIT/<class>/<image>, or a TFDS name; with :SPLIT, by default test")
+    added.add_argument("--real", metavar="REAL.JSON", help="ImageNet-ReaL labels, for a data set that names its files")
+    _add_reading(added)
+    added = command(
+        "fewshot", few_shot, "accuracy of a linear classifier learned in closed form from a few features of each class"
+    )
+    added.add_argument("model", help="VARIANT[:WEIGHTS] or FILE.keras; what its head reads are the features")
+    added.add_argument("dataset", help="digits, a folder of SPLIT/<class>/<image>, or a TFDS name")
+    added.add_argument("--train", default="train", metavar="SPLIT", help="to learn from, by default train")
+    added.add_argument("--test", default="test", metavar="SPLIT", help="by default test")
+    shots, l2 = ",".join(map(str, fewshot.SHOTS)), f"{fewshot.L2:g}"
+    added.add_argument(
+        "--shots", type=functools.partial(_numbers, int), default=fewshot.SHOTS, help=f"images of each class, by default {shots}"
+    )
+    added.add_argument(
+        "--l2", type=functools.partial(_numbers, float), default=fewshot.L2, help=f"regularisation, one or more, by default {l2}"
+    )
+    added.add_argument("--seeds", type=_number, default=len(fewshot.SEEDS), help="draws of the images, by default 3")
+    _add_reading(added)
     added = command("doctor", doctor, "versions, devices and cache, and a training step on every backend installed")
     added.add_argument("--backend", action="append", choices=BACKENDS, help="only this one; may be repeated")
     added.add_argument("--timeout", type=float, default=TIMEOUT, metavar="SECONDS", help=f"for one backend, by default {TIMEOUT}")
     return parser
+
+
+def _add_reading(command):
+    command.add_argument("--batch", type=_number, default=64, help="images at once, by default 64")
+    command.add_argument("--data-dir", metavar="FOLDER", help="where TFDS keeps its data sets")
+
+
+def _numbers(kind, text):
+    """Reads "1,5,10"; numbers above 0."""
+    try:
+        found = tuple(kind(each) for each in text.split(","))
+    except ValueError:
+        found = (0,)
+    if not all(0 < each < math.inf for each in found):
+        raise argparse.ArgumentTypeError(f"expected numbers above 0 with commas between, got {text!r}")
+    return found
+
+
+def _number(text):
+    numbers = _numbers(int, text)
+    if len(numbers) != 1:
+        raise argparse.ArgumentTypeError(f"expected one number, got {text!r}")
+    return numbers[0]
 
 
 def main(argv=None):

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import zipfile
 
+import keras
 import numpy as np
 import pytest
 from conftest import GOLDENS, randomise
@@ -19,6 +20,8 @@ from conftest import GOLDENS, randomise
 import keras_vit
 from keras_vit import console, errors, zoo
 from keras_vit.checkpoints import fetch, files
+from keras_vit.data import pipeline
+from keras_vit.evaluation import classify, fewshot
 
 ROOT = pathlib.Path(__file__).parents[1]
 BFLOAT16 = GOLDENS / "bigvision_vit" / "gap_bf16_storage" / "checkpoint.npz"
@@ -391,6 +394,108 @@ def test_a_conversion_that_cannot_be_is_refused(run, mu, tmp_path, options, matc
     assert run("convert", tmp_path / "x.npz", tmp_path / "y.npz", "--variant=ViT_mu")[0] == 0
 
 
+# --- evaluate, fewshot
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A .keras file of a ViT for the digits, random but for its kind of weights, and an .npz of a zeroed one."""
+    pytest.importorskip("sklearn")
+    folder = tmp_path_factory.mktemp("trained")
+    options = dict(input_shape=(8, 8, 3), patch_size=4, width=8, depth=1, heads=1, mlp=8, classes=10)
+    randomise(keras_vit.ViT(**options)).save(folder / "digits.keras")
+    keras_vit.save_npz(keras_vit.ViT_mu(weights=None, input_shape=(16, 16, 3), classes=10), folder / "zeros.npz")
+    return folder
+
+
+def digits(split):
+    source = pipeline.open_source("digits", split)
+    return pipeline.eval_batches(source, size=8, batch=64)
+
+
+def test_evaluate_tells_what_the_evaluation_finds(run, trained):
+    status, told, _ = run("evaluate", trained / "digits.keras", "digits:test", "--json")
+    found = classify.evaluate(keras.saving.load_model(trained / "digits.keras"), digits("test"))
+    assert status == 0 and (told["examples"], told["classes"], told["resolution"]) == (360, 10, [8, 8])
+    assert (told["top1"], told["top5"], told["interval"]) == (found.accuracy, found.top5, list(found.interval))
+    assert (told["nll"], told["ece"]) == (pytest.approx(found.nll, rel=1e-5), pytest.approx(found.ece, rel=1e-5))
+    assert [each["accuracy"] for each in told["per_class"]] == found.class_accuracy.tolist() and told["images_per_second"] > 0
+    assert [tuple(each.values())[:3] for each in told["worst"]] == [each[:3] for each in found.worst[:8]]
+    assert (told["split"], told["real"], told["preprocessing"]["mean"]) == ("test", None, [127.5] * 3)
+    text = run("evaluate", trained / "digits.keras", "digits", "--batch=100")[1]
+    assert f"{found.accuracy:.2%} (" in text and "95% Wilson" in text and "img" not in text and "images/s" in text
+    worst = text[text.index("worst classes") :].splitlines()[1:]
+    shares = [float(line.split()[1].rstrip("%")) for line in worst]
+    assert len(worst) == 5 and shares == sorted(shares)
+    assert shares[0] == pytest.approx(100 * found.class_accuracy.min(), abs=0.05)
+
+
+def test_evaluate_compares_with_the_reassessed_labels_by_file_name(run, trained, tmp_path):
+    for name, number in (("ant", 7), ("ant", 3), ("bee", 9)):
+        file = tmp_path / "bugs" / "val" / name / f"ILSVRC2012_val_{number:08}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        keras.utils.save_img(file, np.full((8, 8, 3), 20.0 * number), scale=False)
+    model = randomise(keras_vit.ViT(input_shape=(8, 8, 3), patch_size=4, width=8, depth=1, heads=1, mlp=8, classes=2))
+    model.save(tmp_path / "bugs.keras")
+    source = pipeline.open_source(tmp_path / "bugs", "val")
+    best = [int(np.argmax(model.predict_on_batch(x.numpy()))) for x, _ in pipeline.eval_batches(source, size=8, batch=1)]
+    lists = [[]] * 50_000
+    lists[2], lists[6], lists[8] = [best[0]], [1 - best[1]], []  # of 3, 7 and 9, the order of the folder
+    (tmp_path / "real.json").write_text(json.dumps(lists))
+    words = "evaluate", tmp_path / "bugs.keras", f"{tmp_path / 'bugs'}:val", "--real", tmp_path / "real.json"
+    assert run(*words, "--json")[1]["real"] == dict(examples=2, accuracy=0.5, interval=list(classify.wilson_interval(1, 2)))
+    assert re.search("ReaL +50.00%.* of 2 images", run(*words)[1])
+
+
+@pytest.mark.parametrize(
+    "word, expected",
+    [
+        ("digits", ("digits", "test")),
+        ("cifar10:train[:5%]", ("cifar10", "train[:5%]")),
+        ("imagenet2012:5.1.0", ("imagenet2012:5.1.0", "test")),
+        ("imagenet2012:5.1.0:validation", ("imagenet2012:5.1.0", "validation")),
+        ("my/flowers:val-2", ("my/flowers", "val-2")),
+    ],
+)
+def test_a_split_is_named_after_a_colon(word, expected):
+    assert console._split(word) == expected
+
+
+@pytest.mark.parametrize(
+    "words, match",
+    [
+        (["{}/digits.keras", "digits:valid"], "has the splits 'train' and 'test'"),
+        (["{}/digits.keras", "digits", "--real=x.json"], "x.json: cannot be read"),
+        (["{}/none.keras", "digits"], "expected a model stored by Keras"),
+        (["ViT_mmu", "digits"], "nearest: ViT_mu"),
+        (["ViT_mu:{}/zeros.npz", "digits"], "all zeros.* see keras-vit fewshot"),
+        (["ViT_mu:{}/seven.npz", "digits"], "digits has 10 classes .*seven.npz has 7"),
+        (["{}/features.keras", "digits"], "ends in logits, a softmax or a sigmoid"),
+    ],
+)
+def test_evaluate_refuses_what_it_cannot_evaluate(run, trained, words, match):
+    if "seven" in words[0]:
+        keras_vit.save_npz(keras_vit.ViT_mu(weights=None, input_shape=(16, 16, 3), classes=7), trained / "seven.npz")
+    if "features" in words[0]:
+        keras_vit.ViT_mu(weights=None, include_top=False, input_shape=(16, 16, 3)).save(trained / "features.keras")
+    status, out, err = run("evaluate", *(word.format(trained) for word in words))
+    assert status == 1 and not out and re.search(match, err)
+
+
+def test_fewshot_tells_what_is_learned_from_the_features_of_any_head(run, trained):
+    status, told, _ = run("fewshot", trained / "digits.keras", "digits", "--shots=1,5", "--l2=1,1024", "--seeds=2", "--json")
+    model = keras.saving.load_model(trained / "digits.keras")
+    taken = [each for split in ("train", "test") for each in fewshot.features(model, digits(split))]
+    rows = fewshot.fewshot(*taken, shots=(1, 5), l2=(1, 1024), seeds=(0, 1))
+    assert status == 0 and (told["features"], told["train_examples"], told["examples"]) == (8, 1437, 360)
+    assert [(row["shots"], row["l2"]) for row in told["rows"]] == [(1, 1), (1, 1024), (5, 1), (5, 1024)]
+    np.testing.assert_allclose([row["accuracy"] for row in told["rows"]], [row.accuracy for row in rows], atol=0.01)
+    status, text, _ = run("fewshot", f"ViT_mu:{trained / 'zeros.npz'}", "digits", "--shots=5", "--test=train")
+    lines = text.splitlines()
+    assert status == 0 and lines[-2].split()[:3] == ["shots", "l2", "top-1"] and lines[-1].split()[:2] == ["5", "1024"]
+    assert 10 < float(lines[-1].split()[2].rstrip("%")) < 100
+
+
 # --- doctor
 
 
@@ -422,8 +527,13 @@ def test_a_backend_that_does_not_answer_fails_within_the_time_out(run, tmp_path,
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["bogus"], ["inspect"], ["convert", "x.npz"], ["list", "--bogus"], ["doctor", "--backend=mxnet"]]
-)
+    "words",
+    [
+        [], ["bogus"], ["inspect"], ["convert", "x.npz"], ["list", "--bogus"], ["doctor", "--backend=mxnet"],
+        ["fewshot", "x.keras", "digits", "--shots=5,x"], ["fewshot", "x.keras", "digits", "--l2=0"],
+        ["evaluate", "x.keras", "digits", "--batch=1,2"],
+    ],
+)  # fmt: skip
 def test_wrong_usage_exits_with_2_and_says_how(words, capsys):
     with pytest.raises(SystemExit) as raised:
         console.main(words)

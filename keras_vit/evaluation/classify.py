@@ -1,6 +1,9 @@
-"""Classification: names for predictions, and accuracy on a data set."""
+"""Classification: names for predictions, and how good they are on a data set."""
 
+import dataclasses
+import heapq
 import json
+import math
 
 import keras
 import numpy as np
@@ -11,6 +14,11 @@ from keras_vit.checkpoints.weights import IMAGENET21K
 
 _IMAGENET1K = f"{STORAGE}/download.tensorflow.org/data/imagenet_class_index.json"  # of keras.applications
 _IMAGENET21K = f"{STORAGE}/bit_models/imagenet21k_wordnet_ids.txt", f"{STORAGE}/bit_models/imagenet21k_wordnet_lemmas.txt"
+
+BINS = 15  # of the calibration (Guo et al., section 5)
+CONFUSION = 4096  # classes up to which a confusion matrix is kept: 128 MiB
+TINY = float(np.finfo(np.float32).tiny)  # below it a probability counts as this
+Z = 1.959963984540054  # 97.5% of a normal distribution lie below
 
 
 def class_names(classes):
@@ -67,25 +75,282 @@ def decode_predictions(predictions, top=5, labels=None):
     return [[(*names[i], float(row[i])) for i in order] for row, order in zip(scores, best)]
 
 
-def accuracy(model, batches):
-    """Share of examples whose best class is the labelled one.
+@dataclasses.dataclass(frozen=True)
+class Real:
+    """Accuracy against sets of labels.
+
+    Attributes:
+        examples: those that have a label at all.
+        accuracy: share of them whose best class is in their set.
+        interval: (low, high), see `wilson_interval`.
+    """
+
+    examples: int
+    accuracy: float
+    interval: tuple
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What `evaluate` found.
+
+    Attributes:
+        examples: how many.
+        accuracy: top-1, the share of examples whose label has the best score.
+        interval: (low, high) of the accuracy, see `wilson_interval`.
+        top5: share of examples whose label is among the best five; None with five classes or fewer.
+        nll: negative log-likelihood of the labels in nats, mean over the examples.
+        ece: expected calibration error (Guo et al., arXiv 1706.04599, equation 3), with `BINS` equal bins.
+        calibration: (bins, 3): examples, mean confidence and accuracy of each bin; NaN where it is empty.
+        class_examples: (classes,) of each label.
+        class_accuracy: (classes,), NaN for a class without examples.
+        confusion: (classes, classes) counts, labels in rows, predictions in columns; None with more than `CONFUSION` classes.
+        worst: [(index, label, predicted, probability of the predicted)] of the wrong predictions of highest loss, that first;
+            index counts the examples from 0 in the order of the batches.
+        real: a `Real`, or None where no sets of labels were given.
+    """
+
+    examples: int
+    accuracy: float
+    interval: tuple
+    top5: float | None
+    nll: float
+    ece: float
+    calibration: np.ndarray
+    class_examples: np.ndarray
+    class_accuracy: np.ndarray
+    confusion: np.ndarray | None
+    worst: list
+    real: Real | None
+
+
+def evaluate(model, batches, **options):
+    """Runs a classifier over a data set once, and says how good it is.
 
     Args:
         model: (b, H, W, 3) -> (b, classes) scores.
-        batches: finite iterable of (images, one-hot labels).
+        batches: finite iterable of (images, labels); labels are one-hot (b, classes) or whole numbers (b,).
+        **options: of `evaluate_scores`; with `from_logits=True` for a model that ends in logits.
+
+    Returns:
+        An `Evaluation`.
 
     Raises:
-        errors.ArgumentError: the model's head is zeroed. errors.DataError: there are no examples.
+        errors.ArgumentError: the model's head is zeroed, and what `evaluate_scores` raises.
     """
-    if zoo.zero_head(model):
-        raise errors.ArgumentError(
-            f"accuracy: the head of {model.name!r} is all zeros and prefers no class; fine-tune it or load weights with a head."
-        )
+    return evaluate_scores(_scored(model, batches, "evaluate"), **options)
+
+
+def evaluate_scores(batches, *, from_logits=False, multi_label=False, worst=24, sets=None):
+    """`evaluate` of scores that are there already; memory does not grow with the number of examples.
+
+    A tie counts against the model: a label is in the top k if fewer than k other classes score as high or higher, and the
+    prediction of an example whose label ties is one of the others. So a model that prefers nothing has accuracy 0.
+
+    Args:
+        batches: finite iterable of (scores, labels), (b, classes) and as in `evaluate`.
+        from_logits: scores are logits, not probabilities.
+        multi_label: the probabilities are those of a sigmoid, for each class on its own. The prediction is still the best class;
+            the likelihood is that of the label being on and all other classes off.
+        worst: how many mistakes to list.
+        sets: None, or for each example, in order, the collection of classes that are right (`real.sets`); examples of an empty
+            one do not count in `Evaluation.real`. Everything else is against the labels.
+
+    Returns:
+        An `Evaluation`.
+
+    Raises:
+        errors.ArgumentError: shapes that do not fit, or scores that are no probabilities where they should be.
+        errors.DataError: no examples, a score that is NaN or infinite, a label outside of the classes, or not as many sets as
+            examples.
+    """
+    tally = None
+    for scores, labels in batches:
+        scores = np.asarray(keras.ops.convert_to_numpy(scores), np.float64)
+        if tally is None:
+            if scores.ndim != 2:
+                raise errors.ArgumentError(
+                    f"evaluate: expected scores of shape (batch, classes), got {scores.shape}; evaluate a model that has one "
+                    "score for each class."
+                )
+            tally = _Tally(scores.shape[1], from_logits, multi_label, worst, sets)
+        tally.add(scores, _whole_labels(scores, np.asarray(labels), tally.examples))
+    if tally is None or not tally.examples:
+        raise errors.DataError("evaluate: the data set has no examples; check its split.")
+    return tally.evaluation()
+
+
+def accuracy(model, batches):
+    """Share of examples whose label has the best score; a tie counts against the model.
+
+    Args:
+        model: (b, H, W, 3) -> (b, classes) scores, logits or probabilities.
+        batches: finite iterable of (images, labels) as in `evaluate`.
+
+    Raises:
+        errors.ArgumentError: the model's head is zeroed. errors.DataError: there are no examples, or a score is NaN or infinite.
+    """
     right = count = 0
-    for images, labels in batches:
-        best = np.argmax(model.predict_on_batch(np.asarray(images)), axis=-1)  # JAX takes no TensorFlow tensors
-        right += int(np.sum(best == np.argmax(np.asarray(labels), axis=-1)))
-        count += len(best)
+    for scores, labels in _scored(model, batches, "accuracy"):
+        others, _ = _others(scores, _whole_labels(scores, np.asarray(labels), count), count)
+        right += int(np.sum(others == 0))
+        count += len(scores)
     if not count:
         raise errors.DataError("accuracy: the data set has no examples; check its split.")
     return right / count
+
+
+def wilson_interval(right, examples):
+    """(low, high): the 95% interval of a share, of `right` out of `examples` (Wilson, JASA 22, 1927).
+
+    It says how far the share moves with the draw of the test examples, not with the seed of the training.
+    """
+    share = right / examples
+    center = (share + Z**2 / (2 * examples)) / (1 + Z**2 / examples)
+    half = Z / (1 + Z**2 / examples) * math.sqrt(share * (1 - share) / examples + Z**2 / (4 * examples**2))
+    return max(0.0, center - half), min(1.0, center + half)
+
+
+def _scored(model, batches, asked):
+    """(scores, labels) of each batch."""
+    if zoo.zero_head(model):
+        raise errors.ArgumentError(
+            f"{asked}: the head of {model.name!r} is all zeros and prefers no class; fine-tune it or load weights with a head."
+        )
+    for images, labels in batches:
+        yield keras.ops.convert_to_numpy(model.predict_on_batch(np.asarray(images))), labels  # JAX takes no TensorFlow tensors
+
+
+def _whole_labels(scores, labels, before):
+    """(b,) int64 of one-hot or whole labels; `before` is the number of examples before them."""
+    if labels.ndim == 2 and labels.shape == scores.shape:
+        labels = labels.argmax(axis=1)
+    elif labels.shape != scores.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
+        raise errors.ArgumentError(
+            f"evaluate: the scores have shape {scores.shape}, so expected one-hot labels of that shape or whole numbers of shape "
+            f"{scores.shape[:1]}, got {labels.dtype} of shape {labels.shape}; do data set and model have the same classes?"
+        )
+    outside = (labels < 0) | (labels >= scores.shape[1])
+    if outside.any():
+        place = int(np.argmax(outside))
+        raise errors.DataError(
+            f"evaluate: example {before + place} has the label {labels[place]}, expected 0 to {scores.shape[1] - 1}; "
+            "does the split have labels?"
+        )
+    return labels.astype(np.int64)
+
+
+def _others(scores, labels, before):
+    """How many other classes score as high as the label or higher, (b,), and the best class, never the label if it ties."""
+    broken = ~np.isfinite(scores.max(axis=1))  # a class may be ruled out by a logit of minus infinity
+    if broken.any():
+        raise errors.DataError(
+            f"evaluate: the scores of example {before + int(np.argmax(broken))} are NaN or infinite; check the image and the "
+            "weights."
+        )
+    rows = np.arange(len(scores))
+    own = scores[rows, labels]
+    others = np.sum(scores >= own[:, None], axis=1) - 1
+    rivals = scores.copy()
+    rivals[rows, labels] = -np.inf
+    return others, np.where(others == 0, labels, rivals.argmax(axis=1))
+
+
+class _Tally:
+    """The sums behind an `Evaluation`."""
+
+    def __init__(self, classes, from_logits, multi_label, worst, sets):
+        self.from_logits, self.multi_label, self.sets = from_logits, multi_label, sets
+        self.examples = self.right = self.in_five = self.set_examples = self.set_right = 0
+        self.nll = 0.0
+        self.bins = np.zeros((BINS, 3))  # examples, sum of confidences, right ones
+        self.classes = np.zeros((classes, 2), np.int64)  # examples, right ones
+        self.confusion = np.zeros((classes, classes), np.int64) if classes <= CONFUSION else None
+        self.worst, self.mistakes = worst, []  # a heap of (loss, -index, label, predicted, probability), the mildest on top
+
+    def add(self, scores, labels):
+        others, predicted = _others(scores, labels, self.examples)
+        loss, probability = self._likelihood(scores, labels, predicted)
+        right = others == 0
+        bins = np.clip(np.ceil(probability * BINS).astype(int) - 1, 0, BINS - 1)
+        np.add.at(self.bins, bins, np.stack([np.ones(len(bins)), probability, right], axis=1))
+        np.add.at(self.classes, labels, np.stack([np.ones(len(labels), np.int64), right], axis=1))
+        if self.confusion is not None:
+            np.add.at(self.confusion, (labels, predicted), 1)
+        wrong = np.flatnonzero(~right)
+        for place in wrong[np.argsort(-loss[wrong], kind="stable")[: self.worst]]:
+            entry = loss[place], -(self.examples + place), labels[place], predicted[place], probability[place]
+            (heapq.heappush if len(self.mistakes) < self.worst else heapq.heappushpop)(self.mistakes, entry)
+        if self.sets is not None:
+            self._add_sets(scores)
+        self.examples += len(scores)
+        self.right += int(right.sum())
+        self.in_five += int(np.sum(others < 5))
+        self.nll += float(loss.sum())
+
+    def _likelihood(self, scores, labels, predicted):
+        """The loss of each label in nats, and the probability of each prediction."""
+        rows = np.arange(len(scores))
+        if self.from_logits and self.multi_label:
+            on, off = -np.logaddexp(0, -scores), -np.logaddexp(0, scores)
+        elif self.from_logits:
+            on = scores - scores.max(axis=1, keepdims=True)
+            on = on - np.log(np.exp(on).sum(axis=1, keepdims=True))
+        else:
+            strange = (scores < 0) | (scores > 1 + 1e-3)
+            if strange.any() or not self.multi_label and not np.allclose(scores.sum(axis=1), 1, rtol=0, atol=1e-2):
+                raise errors.ArgumentError(
+                    "evaluate: expected probabilities from 0 to 1"
+                    + ("" if self.multi_label else " that add up to 1")
+                    + f", got scores from {scores.min():.4g} to {scores.max():.4g}; pass from_logits=True for a model that ends "
+                    "in logits, multi_label=True for one that ends in a sigmoid."
+                )
+            on, off = np.log(np.maximum(scores, TINY)), np.log(np.maximum(1 - scores, TINY))
+        loss = -on[rows, labels]
+        if self.multi_label:
+            loss = loss - off.sum(axis=1) + off[rows, labels]
+        return loss, np.exp(on[rows, predicted])
+
+    def _add_sets(self, scores):
+        for number, row in enumerate(scores, self.examples):
+            if number >= len(self.sets):
+                raise errors.DataError(f"evaluate: there are more examples than the {len(self.sets)} sets of labels.")
+            right = list(self.sets[number])
+            if right:
+                if not 0 <= min(right) <= max(right) < len(row):
+                    raise errors.ArgumentError(f"evaluate: the set of example {number} is {right}, expected 0 to {len(row) - 1}.")
+                among = np.zeros(len(row), bool)
+                among[right] = True
+                self.set_examples += 1
+                self.set_right += bool(row[among].max() > row[~among].max(initial=-np.inf))
+
+    def evaluation(self):
+        if self.sets is not None and len(self.sets) != self.examples:
+            raise errors.DataError(
+                f"evaluate: expected a set of labels for each of {self.examples} examples, got {len(self.sets)}."
+            )
+        examples, confidences, right = self.bins.T
+        with np.errstate(invalid="ignore"):
+            calibration = np.stack([examples, confidences / examples, right / examples], axis=1)
+            class_accuracy = self.classes[:, 1] / self.classes[:, 0]
+        worst = sorted(self.mistakes, reverse=True)
+        return Evaluation(
+            examples=self.examples,
+            accuracy=self.right / self.examples,
+            interval=wilson_interval(self.right, self.examples),
+            top5=self.in_five / self.examples if len(self.classes) > 5 else None,
+            nll=self.nll / self.examples,
+            ece=float(np.abs(confidences - right).sum() / self.examples),
+            calibration=calibration,
+            class_examples=self.classes[:, 0],
+            class_accuracy=class_accuracy,
+            confusion=self.confusion,
+            worst=[(int(-place), int(label), int(best), float(share)) for _, place, label, best, share in worst],
+            real=None if self.sets is None else self._real(),
+        )
+
+    def _real(self):
+        if not self.set_examples:
+            raise errors.DataError("evaluate: none of the sets of labels has a label; check the file of the labels.")
+        interval = wilson_interval(self.set_right, self.set_examples)
+        return Real(self.set_examples, self.set_right / self.set_examples, interval)
