@@ -16,6 +16,7 @@ import keras
 import numpy as np
 
 import keras_vit
+from benchmarks import parity_training
 from keras_vit import zoo
 from keras_vit.checkpoints import adapt, load
 from keras_vit.checkpoints.files import Npz
@@ -43,6 +44,13 @@ class Case:
     def skipped(self, key):
         return any(fnmatch.fnmatchcase(key, pattern) for pattern in self.rules.get("skip", ()))
 
+    def share(self, rule, key):
+        """A rule's number for an array; 0 where it has none."""
+        value = self.rules.get(rule, 0)
+        if isinstance(value, dict):
+            return max((share for pattern, share in value.items() if fnmatch.fnmatchcase(key, pattern)), default=0)
+        return value
+
     def compare(self, key, got, tolerance):
         """Holds an array against `expected[key]`; `tolerance` is absolute."""
         expected, got = self.expected[key], np.asarray(got)
@@ -51,13 +59,13 @@ class Case:
             self.problems.append(f"{key}: shape {got.shape}, expected {expected.shape}")
             return
         error = np.abs(got.astype(np.float64) - expected)
-        tolerance += self.rules.get("relative_to_array_max", 0) * np.abs(expected).max(initial=0)
+        tolerance += self.share("relative_to_array_max", key) * np.abs(expected).max(initial=0)
         if "levels" in self.rules:
             numerator, denominator = map(float, self.rules["levels"]["of"].split("/"))
             other = error > tolerance
             if other.mean() <= self.rules["levels"]["at_most_fraction"] and error.max() <= numerator / denominator + tolerance:
                 error = error[~other]
-        if "fraction_equal" in self.rules and (error <= tolerance).mean() >= self.rules["fraction_equal"]:
+        if 0 < self.share("fraction_equal", key) <= (error <= tolerance).mean():
             error = error[error <= tolerance]
         largest = float(error.max(initial=0)) if np.isfinite(got).all() else float("inf")
         if largest > tolerance:
@@ -155,17 +163,17 @@ VIT_OPTIONS = {
 }  # fmt: skip
 
 
-def build_vit(builder, options, image_shape):
+def build_vit(builder, options, image_shape, **more):
     """A random model of an original configuration, in our words."""
     pooling = {"token": "token", "gap": "avg"}.get(options["classifier"])
     top = options["classes"] is not None
     if not top and pooling is None and options["representation_size"] is not None:
         raise Unknown("a representation of every token without a head")
-    return builder(top, None, input_shape=tuple(image_shape[1:]), pooling=pooling, **options)
+    return builder(top, None, input_shape=tuple(image_shape[1:]), pooling=pooling, **options, **more)
 
 
-def _vit(config, image_shape):
-    return build_vit(keras_vit.ViT, translated(flattened(config), VIT_OPTIONS), image_shape)
+def _vit(config, image_shape, **more):
+    return build_vit(keras_vit.ViT, translated(flattened(config), VIT_OPTIONS), image_shape, **more)
 
 
 # Names in expected.npz -> what to tap
@@ -241,6 +249,24 @@ def run_preprocess(case):
         label = re.fullmatch(r"onehot_label_(\d+)_of_(\d+)", key)
         if label:
             case.compare(key, pipeline.one_hot(int(label[1]), int(label[2])), case.meta["tolerance"])
+    return list(case.expected)
+
+
+def run_randaug(case):
+    from keras_vit.data import augment
+
+    for name, arguments in case.meta["config"]["arguments"].items():
+        for magnitude, expected in arguments.items():
+            got = list(augment.OPERATIONS[name][1](int(magnitude)))
+            if got != expected:
+                case.problems.append(f"{name} at magnitude {magnitude}: arguments {got}, expected {expected}")
+    for key in case.expected:  # Rotate/m10-/photo
+        name, at, image = key.split("/")
+        operation, arguments = augment.OPERATIONS[name]
+        values = arguments(int(at[1:-1]))
+        if at.endswith("-"):
+            values = [-value for value in values]
+        case.compare(key, operation(case.inputs[image], *values), case.meta["tolerance"])
     return list(case.expected)
 
 
@@ -434,14 +460,35 @@ def _run_flexivit_resizing(case):
     return list(case.expected)
 
 
+def run_train(case):
+    return parity_training.run_train(case, lambda config, shape: _vit(config, shape, classifier_activation=None))
+
+
+def run_sam_gsam(case):
+    return parity_training.run_sam_gsam(case, _big_vision_logits)
+
+
+def run_adafactor(case):
+    return parity_training.run_adafactor(case, _big_vision_logits)
+
+
+def _big_vision_logits(config, shape):
+    options = big_vision_options(config)
+    return build_big_vision(keras_vit.ViT, options, shape, style="big_vision", classifier_activation=None)
+
+
 RUNNERS = {
     "vit": run_vit,
     "vit_resize": run_vit_resize,
     "bigvision_vit": run_bigvision_vit,
     "preprocess": run_preprocess,
+    "randaug": run_randaug,
     "mixer": run_mixer,
     "hybrid": run_hybrid,
     "flexivit": run_flexivit,
+    "train": run_train,
+    "sam_gsam": run_sam_gsam,
+    "adafactor": run_adafactor,
 }
 
 

@@ -63,13 +63,13 @@ def contenders(name, image, batch):
     if model.family == "ViT":
         tokens, patches, block = (model.get_layer(part).get_config() for part in ("tokens", "patches", "block_0"))
         depth = sum(layer.name.startswith("block_") for layer in model.layers)
-        if _installed("keras_hub"):
+        if installed("keras_hub"):
             from keras_hub.models import ViTBackbone
 
             sizes = patches["patch_size"], depth, block["heads"], patches["width"], block["mlp"]
             peer = ViTBackbone(shape, *sizes, use_class_token=tokens["class_token"])
             runs |= {f"keras_hub {mode}": _keras(peer, images, jit) for mode, jit in modes}
-        if _installed("timm"):
+        if installed("timm"):
             try:
                 runs["timm eager"] = _timm(shape, depth, tokens, patches, block, images)
             except (ImportError, RuntimeError) as error:  # it needs a torch and a torchvision that fit each other
@@ -101,7 +101,7 @@ def _timm(shape, depth, tokens, patches, block, images):
     return run
 
 
-def _matrix_products():
+def matrix_products():
     """One call of the ceiling; each product is waited for by copying a single number of it."""
     a, b = (keras.ops.convert_to_tensor(np.random.default_rng(i).random((SIDE, SIDE), np.float32)) for i in (0, 1))
 
@@ -130,7 +130,7 @@ def measure(runs, rounds):
 def report(name, image=None, batch=8, rounds=6):
     """Measures and returns the record that `main` prints and writes: settings, rates in images/s, ratios, machine, versions."""
     runs, model = contenders(name, image, batch)
-    seconds, cpu = measure(runs | {"ceiling": _matrix_products()}, rounds)
+    seconds, cpu = measure(runs | {"ceiling": matrix_products()}, rounds)
     gflops = [2e-9 * PRODUCTS * SIDE**3 / s for s in seconds.pop("ceiling")]
     gflop = gflop_per_image(model)
     rates = {
@@ -155,11 +155,11 @@ def report(name, image=None, batch=8, rounds=6):
     return {
         "model": name, "input_shape": model.input_shape[1:], "batch": batch, "rounds": rounds, "calls_per_round": CALLS,
         "dtype": "float32", "backend": keras.config.backend(), "images_per_second": rates, "ceiling": ceiling, "ratios": ratios,
-        "machine": _machine(), "versions": _versions(),
+        "machine": machine(), "versions": versions(),
     }  # fmt: skip
 
 
-def _machine():
+def machine():
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -168,11 +168,11 @@ def _machine():
     return {"cpu": names[0] if names else platform.processor(), "cores": cores, "devices": devices}
 
 
-def _installed(module):
+def installed(module):
     return importlib.util.find_spec(module) is not None
 
 
-def _versions():
+def versions():
     found = {}
     for package in ("keras", "tensorflow", "jax", "torch", "keras-hub", "timm", "numpy"):
         try:

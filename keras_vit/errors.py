@@ -22,7 +22,7 @@ class IntegrityError(DownloadError):
 
 
 class CacheError(KerasViTError, OSError):
-    """The local cache folder cannot be read or written."""
+    """A folder that this package keeps files in, its cache or a run's checkpoints, cannot be read or written."""
 
 
 class CheckpointFormatError(KerasViTError, ValueError):
@@ -35,6 +35,18 @@ class CheckpointMismatchError(KerasViTError, ValueError):
 
 class DataError(KerasViTError, ValueError):
     """A data set is empty, unreadable or inconsistent."""
+
+
+class NonFiniteError(KerasViTError, ArithmeticError):
+    """A loss, gradient or weight is not a finite number; the step was not made, or not saved."""
+
+
+class ResumeError(KerasViTError, RuntimeError):
+    """A run cannot go on from its checkpoints, or another one is at work in its folder; nothing was changed."""
+
+
+class TrainingError(KerasViTError, RuntimeError):
+    """Training cannot go on: another worker is gone."""
 
 
 class ExportError(KerasViTError, RuntimeError):

@@ -10,13 +10,20 @@ configs/common.py and set by --config.KEY=VALUE. In --workdir it leaves
     model.keras   the model, scores out: keras.saving.load_model after `import keras_vit`
     model.npz     its weights in the original's layout
     module/       the TF-Hub module: RGB in [0, 1] in, logits out
-    train.log, events.out.tfevents.*   what was printed, and TensorBoard scalars
+    report.md, report/   how it went: curves, confusions, worst mistakes, configuration
+    metrics.jsonl        loss, learning rate and gradient norm of every step
+    train.log, events.out.tfevents.*   what was printed, and TensorBoard events
+    checkpoints/  the whole state: the same command again goes on from the newest, to the same bits
+
+On SIGTERM (a preempted machine) or Ctrl-C it saves the state and exits with 143; a second signal ends it at once.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -32,30 +39,51 @@ from keras_vit import errors, hub, zoo
 from keras_vit.checkpoints import files
 from keras_vit.configs import models
 from keras_vit.data import pipeline
+from keras_vit.data.augment import LEVELS, augreg_level, shifted
 from keras_vit.data.pixels import Pixels
-from keras_vit.training import finetune
-from keras_vit.training.augment import shifted
-from keras_vit.training.callbacks import Journal
-from keras_vit.training.optimizers import TRACE_DTYPES, MomentumSGD
+from keras_vit.evaluation import classify, speed
+from keras_vit.evaluation.sample import training_sample
+from keras_vit.training import callbacks, finetune, optimizers, report, state, strategy
+from keras_vit.training.losses import SigmoidCrossEntropy
+from keras_vit.training.metrics import Metrics
 from keras_vit.training.schedules import DECAYS, WarmupDecay
+from keras_vit.training.step import Learner
+from keras_vit.training.twopass import GSAM, SAM
 
 CONFIGS = Path(__file__).parent / "configs"
 RESULTS = ("model.keras", "model.npz", "module")
 UNIT = Pixels(mean=(0.0,) * 3, std=(255.0,) * 3)  # what an exported module takes
 MODULE_TOLERANCE = 1e-5
+_BLAMED = 16  # examples of a bad batch that are named
 _CHUNK = 2**28  # numbers in the images sent to the other process at once: 1 GiB
 
 _CHOICES = dict(
     trainer=("train",),
     model_type=("ViT", "Mixer"),
     augment=("crop_flip", "shift", "none"),
+    augreg=tuple(LEVELS),
     decay_type=DECAYS,
-    optim_dtype=TRACE_DTYPES,
+    optim_dtype=optimizers.TRACE_DTYPES,
+    optimizer=("sgd", "adamw", "adafactor"),
+    two_pass=("none", "sam", "gsam"),
+    loss=("softmax", "sigmoid"),
+    precision=("float32", "mixed_bfloat16", "mixed_float16"),
+    on_save_error=("stop", "continue"),
+    on_error=("raise", "skip"),
 )
 _LEAST = dict(
     seed=0, total_steps=1, batch=1, batch_eval=1, accum_steps=1, shuffle_buffer=1, warmup_steps=0, eval_every=0, progress_every=0,
-    checkpoint_every=0, prefetch=0, grad_norm_clip=0, base_lr=0, label_smoothing=0,
+    checkpoint_every=0, prefetch=0, grad_norm_clip=0, base_lr=0, label_smoothing=0, mixup=0, cutmix=0, erasing=0, weight_decay=0,
+    layer_decay=0, ema=0, rho=0, rho_min=0, gsam_alpha=0, steps_on_device=1, keep_checkpoints=2, train_sample=0, linear_end=0,
+    timescale=1, cooldown_steps=0, stochastic_depth_rate=0,
 )  # fmt: skip
+_MOST = dict(label_smoothing=1, erasing=1, layer_decay=1)
+_BELOW = dict(ema=1, stochastic_depth_rate=1)
+LOSSES = {
+    "softmax": lambda smoothing: keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=smoothing),
+    "sigmoid": lambda smoothing: SigmoidCrossEntropy(smoothing),
+}
+EXIT_PREEMPTED = 143  # 128 + SIGTERM, as a shell reports it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,16 +93,26 @@ class Trained:
     Attributes:
         model: ends in probabilities.
         learner: the same layers, ending in logits.
-        test: the `data.pipeline.Source` it was evaluated on.
-        accuracy: on all of it.
+        train, test: the `data.pipeline.Source`s.
+        evaluation: a `classify.Evaluation` on all of the test split; None where the run was asked to end before its last step.
         seconds: training, from the first step to the last, compilation and evaluations included.
+        place: the `strategy.Place` it was trained at.
+        preempted_at: the step after which it was saved because it was asked to end, or None.
     """
 
     model: zoo.Model
     learner: keras.Model
+    train: pipeline.Source
     test: pipeline.Source
-    accuracy: float
+    evaluation: classify.Evaluation | None
     seconds: float
+    place: strategy.Place
+    preempted_at: int | None = None
+
+    @property
+    def accuracy(self):
+        """Of the evaluation."""
+        return self.evaluation and self.evaluation.accuracy
 
 
 def check_config(config):
@@ -89,6 +127,12 @@ def check_config(config):
     for key, least in _LEAST.items():
         if config[key] is None or not config[key] >= least:
             raise errors.ConfigError(f"config.{key} must be at least {least}, got {config[key]}; pass --config.{key}=NUMBER.")
+    for key, most in _MOST.items():
+        if config[key] > most:
+            raise errors.ConfigError(f"config.{key} must be at most {most}, got {config[key]}.")
+    for key, limit in _BELOW.items():
+        if config[key] >= limit:
+            raise errors.ConfigError(f"config.{key} must be below {limit}, got {config[key]}.")
     if not config.dataset:
         raise errors.ConfigError("config.dataset is not set; pass --config.dataset= 'digits', a folder or a TFDS name.")
     if config.model is None or config.pp is None:
@@ -100,6 +144,21 @@ def check_config(config):
         raise errors.ConfigError(
             f"config.batch must be a multiple of config.accum_steps, got {config.batch} and {config.accum_steps}; change either."
         )
+    lr_rules(config)
+    if config.steps_on_device > 1:
+        for key in ("total_steps", "eval_every", "progress_every", "checkpoint_every"):
+            if config[key] % config.steps_on_device:
+                raise errors.ConfigError(
+                    f"config.{key} must be a multiple of config.steps_on_device, got {config[key]} and {config.steps_on_device}."
+                )
+    if config.remat and keras.config.backend() != "jax":
+        used = [key for key, value in models.arguments(config).items() if key.endswith(("dropout_rate", "depth_rate")) and value]
+        if used or config.two_pass != "none":
+            raise errors.ConfigError(
+                f"config.remat on {keras.config.backend()} would draw other dropout masks when it computes a block again, and "
+                f"takes one pass: set {', '.join(used) or 'config.two_pass'} to {'0' if used else 'none'}, or use "
+                "KERAS_BACKEND=jax."
+            )
     if config.warmup_steps >= config.total_steps:
         raise errors.ConfigError(
             f"config.warmup_steps must be less than config.total_steps, got {config.warmup_steps} and {config.total_steps}; "
@@ -107,17 +166,36 @@ def check_config(config):
         )
 
 
+def lr_rules(config):
+    """The (pattern, factor) of `config.lr_rules`.
+
+    Raises:
+        errors.ConfigError: one is no 'PATTERN=FACTOR'.
+    """
+    rules = []
+    for rule in config.lr_rules:
+        pattern, _, factor = str(rule).rpartition("=")
+        try:
+            rules.append((pattern, float(factor)))
+        except ValueError:
+            pattern = ""
+        if not pattern or rules[-1][1] < 0:
+            raise errors.ConfigError(f"config.lr_rules: expected 'PATTERN=FACTOR' such as 'block_0/*=0.1', got {rule!r}.")
+    return rules
+
+
 def check_workdir(workdir):
-    """Refuses a folder that holds the results of an earlier run, which this one would replace.
+    """Refuses a folder that holds the results of something else, which a run would replace.
 
     Raises:
         errors.ConfigError: it does, or it is not a folder.
     """
-    found = [name for name in RESULTS if (Path(workdir) / name).exists()]
-    if found or (Path(workdir).exists() and not Path(workdir).is_dir()):
+    workdir = Path(workdir)
+    found = [name for name in RESULTS if (workdir / name).exists()]
+    if (found and not (workdir / "checkpoints").is_dir()) or (workdir.exists() and not workdir.is_dir()):
         raise errors.ConfigError(
-            f"--workdir={workdir} must be a new folder or one without results, but {', '.join(found) or 'a file'} is there. "
-            "Runs are not resumed: choose another folder or move that away."
+            f"--workdir={workdir} must be a new folder or that of a run to go on with, but {', '.join(found) or 'a file'} is "
+            "there and no checkpoints: choose another folder or move that away."
         )
 
 
@@ -147,31 +225,78 @@ def build_model(config, classes):
     """The model of `config.model` with a new head, and its pretrained weights, on `config.pp.crop` pixels."""
     path = pretrained_file(config)
     shape = (config.pp.crop, config.pp.crop, 3)
-    build = getattr(keras_vit, models.family(config))
-    model = build(classes=classes, input_shape=shape, name=config.model.model_name, **models.arguments(config))
+    build, arguments = getattr(keras_vit, models.family(config)), models.arguments(config)
+    blocks = [f"block_{i}" for i in range(arguments["depth"])]
+    remat = keras.RematScope("list_of_layers", layer_names=blocks) if config.remat else contextlib.nullcontext()
+    with remat:
+        model = build(
+            classes=classes, input_shape=shape, classifier_activation=config.loss, name=config.model.model_name, **arguments
+        )
     if path:
         dropped = () if config.model.get("representation_size") else ("pre_logits/*",)
         zoo.load_weights(model, path, ignore=dropped, reset_head=True)
     elif config.position_stddev is not None:
         positions = model.get_layer("tokens").positions
         positions.assign(keras.random.normal(positions.shape, stddev=config.position_stddev, seed=config.seed))
+    bias = model.get_layer("head").bias
+    bias.assign(keras.ops.full(bias.shape, config.head_bias))
     return model
+
+
+def build_learner(config, model):
+    """What is fitted: `model` up to its logits, compiled with the optimizer and the loss of `config`; and the schedule."""
+    schedule = WarmupDecay(
+        config.total_steps, config.base_lr, config.decay_type, config.warmup_steps, config.linear_end, config.timescale,
+        config.cooldown_steps,
+    )  # fmt: skip
+    rules = lr_rules(config)
+    if config.layer_decay != 1:
+        rules += optimizers.layerwise_decay(model, config.layer_decay)
+    common = dict(rules=rules, weight_decay=config.weight_decay, decay_scale="schedule")
+    if config.ema:
+        common |= dict(use_ema=True, ema_momentum=config.ema)
+    if config.optimizer == "sgd":
+        optimizer = optimizers.MomentumSGD(schedule, trace_dtype=config.optim_dtype, **common)
+    elif config.optimizer == "adamw":
+        optimizer = optimizers.AdamW(schedule, moment_dtype=config.optim_dtype, **common)
+    else:
+        optimizer = optimizers.Adafactor(schedule, dtype_momentum=config.optim_dtype, **common)
+    least = config.linear_end if config.decay_type == "linear" else 0.0
+    two_pass = {
+        "none": None,
+        "sam": SAM(config.rho) if config.two_pass == "sam" else None,
+        "gsam": GSAM(config.rho, config.rho_min, config.gsam_alpha, config.base_lr, least) if config.two_pass == "gsam" else None,
+    }[config.two_pass]
+    learner = Learner(
+        model.inputs, zoo.tap(model, "head"), parts=config.accum_steps, clip_norm=config.grad_norm_clip, two_pass=two_pass,
+        steps_on_device=config.steps_on_device,
+    )  # fmt: skip
+    learner.compile(optimizer, LOSSES[config.loss](config.label_smoothing))
+    learner.optimizer.build(learner.trainable_variables)
+    return learner, schedule
 
 
 def _sources(config):
     def source(split):
-        return pipeline.open_source(config.dataset, split, data_dir=config.tfds_data_dir, manual_dir=config.tfds_manual_dir)
+        return pipeline.open_source(
+            config.dataset, split, data_dir=config.tfds_data_dir, manual_dir=config.tfds_manual_dir, on_error=config.on_error
+        )
 
     return source(config.pp.train), source(config.pp.test)
 
 
-def _train_batches(config, source, pixels):
-    crop_flip = config.augment == "crop_flip"
+def _train_batches(config, source, pixels, start=0, shard=(0, 1)):
+    """The batches from step `start` on: one worker's slices of them."""
+    layers, magnitude, mixup = augreg_level(config.augreg)
     batches = pipeline.train_batches(
         source, size=config.pp.crop, batch=config.batch, pixels=pixels, seed=config.seed, shuffle_buffer=config.shuffle_buffer,
-        augment=crop_flip, prefetch=config.prefetch,
+        augment=config.augment == "crop_flip", prefetch=config.prefetch, start=start * config.batch, shard=shard,
+        randaugment=(layers, magnitude) if layers else None, mixup=max(mixup, config.mixup), cutmix=config.cutmix,
+        erasing=config.erasing,
     )  # fmt: skip
-    return shifted(batches, config.seed) if config.augment == "shift" else batches
+    if config.augment == "shift":
+        return shifted(batches, config.seed, start * config.batch, shard)
+    return batches
 
 
 def _test_batches(config, source, pixels, batch):
@@ -179,7 +304,10 @@ def _test_batches(config, source, pixels, batch):
 
 
 def train(config, workdir):
-    """Trains and evaluates as `config` says; stores model.keras and model.npz in `workdir`.
+    """Trains and evaluates as `config` says; stores model.keras, model.npz and the whole state in `workdir`.
+
+    In a folder where it did so before it goes on from the newest checkpoint that is whole, to the same bits as if it had never
+    stopped.
 
     Args:
         config: of a file in `keras_vit/configs`.
@@ -189,47 +317,136 @@ def train(config, workdir):
         A `Trained`.
 
     Raises:
-        errors.KerasViTError: the configuration, data, checkpoint or folder cannot be used.
+        errors.KerasViTError: the configuration, data, checkpoint or folder cannot be used; a number is not finite.
     """
     workdir = Path(workdir)
     check_config(config)
     check_workdir(workdir)
     pretrained_file(config)  # before data are fetched
+    place = strategy.open_strategy(config.strategy, model_axis=config.model_axis)
+    place.check_precision(config.precision)
+    place.check_batch(config.batch, config.accum_steps)
+    place.check_sizes(**{key: size for key, size in models.arguments(config).items() if key == "heads" or key.endswith("mlp")})
+    profile = callbacks.profile_steps(config.profile, config.total_steps)
     keras.utils.set_random_seed(config.seed)
     training, test = _sources(config)
-    model = build_model(config, training.num_classes)
-    pixels = Pixels.from_dict(model.weights_info["preprocessing"])
-    schedule = WarmupDecay(config.total_steps, config.base_lr, config.decay_type, config.warmup_steps)
-    learner = finetune.learner(model.inputs, zoo.tap(model, "head"), config.accum_steps)
-    optimizer = MomentumSGD(schedule, clip_norm=config.grad_norm_clip, trace_dtype=config.optim_dtype)
-    learner.compile(optimizer, keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=config.label_smoothing))
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(config.precision)
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise errors.ConfigError(f"--workdir={workdir} cannot be made ({error.strerror}); choose another folder.") from error
-    with Journal(workdir) as journal:
+        with place.guarded(workdir), place.scope():
+            model = build_model(config, training.num_classes)
+            learner, schedule = build_learner(config, model)
+    finally:
+        keras.config.set_dtype_policy(before)
+    _make(workdir)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_written(workdir))
+        stack.enter_context(place.guarded(workdir))
+        if place.chief:
+            stack.enter_context(state.lock(workdir))
+        checkpoints = place.checkpoints(workdir / "checkpoints", config.keep_checkpoints, config.on_save_error)
+        if place.workers == 1:  # otherwise it might wait for a worker that is lost
+            stack.enter_context(_settled(checkpoints))
+        about = state.described(config, data=training.fingerprint())
+        start = _resume(checkpoints, place, learner, about, config, training)
+        journal = stack.enter_context(callbacks.Journal(workdir, start)) if place.chief else callbacks.Silent()
+        metrics = stack.enter_context(Metrics(workdir / "metrics.jsonl", start)) if place.chief else None
+        preemption = stack.enter_context(state.Preemption())
         journal.line(
             f"{model.name}: {model.count_params():,} parameters. {config.dataset}: {_count(training)} images to train on, "
-            f"{_count(test)} to test, {test.num_classes} classes. {config.total_steps} steps of {config.batch} images."
+            f"{_count(test)} to test, {test.num_classes} classes. {config.total_steps} steps of {config.batch} images; "
+            f"{place.name}, {place.replicas} replica{'s' if place.replicas > 1 else ''}, {config.precision}."
         )
+        if start:
+            damaged = ", ".join(sorted(path.name for path in checkpoints.folder.glob("*.corrupt*")))
+            aside = f" Damaged ones lie aside: {damaged}." if damaged else ""
+            journal.line(f"Going on after step {start}, from {checkpoints.path(start)}.{aside}")
+        pixels = Pixels.from_dict(model.weights_info["preprocessing"])
         try:
-            share, seconds = finetune.finetune(
-                learner,
-                _train_batches(config, training, pixels),
-                _test_batches(config, test, pixels, config.batch_eval),
-                total_steps=config.total_steps,
-                batch=config.batch,
-                schedule=schedule,
-                journal=journal,
-                store=lambda: _store(model, workdir),
-                progress_every=config.progress_every,
-                eval_every=config.eval_every,
-                checkpoint_every=config.checkpoint_every,
-            )
+            if start < config.total_steps:
+                first = pipeline.probe(_train_batches(config, training, pixels, start), training)
+                journal.images(start, callbacks.viewable(first[0][:16], pixels))
+            todo = finetune.Run(
+                total_steps=config.total_steps, batch=config.batch, schedule=schedule, journal=journal, metrics=metrics,
+                store=lambda: _store(model, workdir), checkpoints=checkpoints, about=about, start=start,
+                preemption=preemption, blame=lambda step: _blame(config, training, step), place=place,
+                progress_every=config.progress_every, eval_every=config.eval_every, checkpoint_every=config.checkpoint_every,
+                steps_on_device=config.steps_on_device, profile=profile, multi_label=config.loss == "sigmoid",
+            )  # fmt: skip
+            batches = place.batches(lambda *shard: _train_batches(config, training, pixels, start, shard), config.batch)
+            with place.guarded(workdir):
+                outcome = finetune.finetune(learner, batches, _test_batches(config, test, pixels, config.batch_eval), todo)
         except tf.errors.OpError as error:
             pipeline.raise_unreadable(error, training, test)
-        journal.line(f"Trained for {seconds:.1f} s; stored {workdir / 'model.keras'} and {workdir / 'model.npz'}.")
-    return Trained(model, learner, test, share, seconds)
+        if outcome.preempted_at is not None:
+            journal.line(f"Asked to end: saved after step {outcome.preempted_at}. The same command goes on from there.")
+        else:
+            if config.train_sample:
+                sample = _test_batches(
+                    config, training_sample(training, config.train_sample, config.seed), pixels, config.batch_eval
+                )
+                share = classify.accuracy(learner, sample)
+                journal.line(f"Accuracy on {config.train_sample} training images, as the test images are prepared: {share:.4f}")
+                if metrics:
+                    metrics.write(config.total_steps, accuracy_train=share)
+            journal.line(f"Trained for {outcome.seconds:.1f} s; stored {workdir / 'model.keras'} and {workdir / 'model.npz'}.")
+        place.close()
+    return Trained(model, learner, training, test, outcome.evaluation, outcome.seconds, place, outcome.preempted_at)
+
+
+@contextlib.contextmanager
+def _written(workdir):
+    """Makes of a disk that is full or fails the error that users see."""
+    try:
+        yield
+    except errors.KerasViTError:
+        raise
+    except OSError as error:
+        raise errors.CacheError(
+            f"{workdir}: a file could not be written: {error}. Checkpoints are as they were. Make room or mend its rights; the "
+            "same command goes on from the newest."
+        ) from error
+
+
+@contextlib.contextmanager
+def _settled(checkpoints):
+    """Leaves no save under way where a run ends by an error."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # what ended the run is what is told
+            checkpoints.wait()
+        raise
+
+
+def _make(workdir):
+    try:
+        Path(workdir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise errors.ConfigError(f"--workdir={workdir} cannot be made ({error.strerror}); choose another folder.") from error
+
+
+def _resume(checkpoints, place, learner, about, config, source):
+    """Puts the newest whole checkpoint into the learner; returns its step, 0 if there is none."""
+    found = place.latest(checkpoints, learner)
+    if found is None:
+        return 0
+    step, arrays, then = found
+    allowed = [name.strip() for names in config.allow_change for name in names.split(",")]
+    if "data" not in allowed:
+        source.check(then["data"])
+    state.check_config(then, about, allow_change=allowed)
+    state.restore(learner, arrays)
+    return step
+
+
+def _blame(config, source, step):
+    """Names the examples of the batch that follows so many steps."""
+    examples = pipeline.positions(
+        source, seed=config.seed, start=step * config.batch, count=config.batch, shuffle_buffer=config.shuffle_buffer
+    )
+    names = [example.path or str(example.index) for example in examples]
+    return f"examples {', '.join(names[:_BLAMED])}" + (f" and {len(names) - _BLAMED} more" if len(names) > _BLAMED else "")
 
 
 def _count(source):
@@ -253,10 +470,15 @@ def export(config, trained, workdir):
             largest where that is above 1.
     """
     path, side = Path(workdir) / "module", config.pp.crop
-    hub.export(trained.model, path)
+    model = trained.model
+    if trained.place.name != "one_device":  # whose variables are those of its strategy
+        if keras.config.backend() == "jax":
+            keras.distribution.set_distribution(None)
+        model = keras.saving.load_model(Path(workdir) / "model.keras")
+    hub.export(model, path)
     size = min(trained.test.num_examples or _CHUNK, max(1, _CHUNK // (side * side * 3)))  # tf.data allocates whole batches
     pixels = Pixels.from_dict(trained.model.weights_info["preprocessing"])
-    model = keras.Model(trained.learner.inputs, trained.learner.outputs)
+    model = keras.Model(model.inputs, zoo.tap(model, "head"))
     model.compile(jit_compile=keras.config.backend() == "jax")  # as the module runs: XLA sums in another order
     right = count = 0
     difference = largest = 0.0
@@ -276,19 +498,95 @@ def export(config, trained, workdir):
     return right / count, difference
 
 
-def run(config, workdir):
-    """The whole job: `train`, then `export` unless `config.export` is false. Returns the test accuracy of what came out last."""
+def run(config, workdir, command=None):
+    """The whole job: `train`, a report, then `export` unless `config.export` is false. Or `inference_time`, where the trainer is.
+
+    Args:
+        config, workdir: of `train`.
+        command: a shell's line that repeats the run, for the report.
+
+    Returns:
+        The test accuracy of what came out last; None where the run was asked to end and saved. Images per second of
+        `inference_time`.
+    """
+    if config.trainer == "inference_time" and "initial_steps" in config:
+        return inference_time(config, workdir)
     trained = train(config, workdir)
+    if trained.preempted_at is not None or not trained.place.chief:
+        return trained.accuracy
+    _report(config, workdir, trained, command or "python -m keras_vit.main")
     if not config.export:
         return trained.accuracy
     print(f"Exporting {Path(workdir) / 'module'} and evaluating it in another process ...", flush=True)
     share, difference = export(config, trained, workdir)
-    with Journal(workdir) as journal:
+    with callbacks.Journal(workdir) as journal:
         journal.line(
             f"{Path(workdir) / 'module'} in another process through hub.KerasLayer: test accuracy {share:.4f}, "
             f"maximum difference {difference:.1e}"
         )
     return share
+
+
+def inference_time(config, workdir):
+    """Measures a model with random weights on one device, as the original's inference_time.py.
+
+    Writes `imgs_sec_core_min`, `_max`, `_mean` and `_std` as scalars of step 0, and one line.
+
+    Args:
+        config: of configs/inference_time.py.
+        workdir: folder, made if needed.
+
+    Returns:
+        The mean images per second.
+
+    Raises:
+        errors.KerasViTError: a value cannot be used.
+    """
+    for key, least in dict(steps=1, initial_steps=0, batch=1, num_classes=1, image_size=0).items():
+        if config[key] < least:
+            raise errors.ConfigError(f"config.{key} must be at least {least}, got {config[key]}; pass --config.{key}=NUMBER.")
+    if config.precision not in _CHOICES["precision"]:
+        raise errors.ConfigError(f"config.precision must be one of {', '.join(_CHOICES['precision'])}, got {config.precision!r}.")
+    row = models.find_row(config.model_name, zoo.VARIANTS | models.rows())
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(config.precision)
+    try:
+        shape = dict(input_shape=(config.image_size, config.image_size, 3)) if config.image_size else {}
+        model = row.build(weights=None, classes=config.num_classes, **shape)
+    finally:
+        keras.config.set_dtype_policy(before)
+    _make(workdir)
+    rates = speed.images_per_second(model, config.batch, config.steps, config.initial_steps)
+    found = {name: float(getattr(rates, name)()) for name in ("min", "max", "mean", "std")}
+    with callbacks.Journal(workdir) as journal:
+        journal.scalars(0, **{f"imgs_sec_core_{name}": value for name, value in found.items()})
+        low, high, mean, deviation = (f"{value:.2f}" for value in found.values())
+        journal.line(
+            f"{row.name}: {mean} img/s/core (min {low}, max {high}, std {deviation}), "
+            f"{config.steps} batches of {config.batch} at {' x '.join(map(str, model.input_shape[1:3]))}, {config.precision}, on "
+            f"{keras.config.backend()}."
+        )
+    return found["mean"]
+
+
+def _report(config, workdir, trained, command):
+    """Writes `workdir/report.md`."""
+    devices = keras.distribution.list_devices() if keras.config.backend() != "torch" else ["cpu"]
+    worst = {index: None for index, *_ in trained.evaluation.worst}
+    for number, (_, example) in enumerate(trained.test.ordered() if worst else ()):
+        if number in worst:
+            content, _ = trained.test.read(example)
+            worst[number] = (pipeline.decode(content) if content.dtype == tf.string else content).numpy()
+    path = report.write(
+        Path(workdir),
+        report.About(
+            config=config, model=trained.model.name, parameters=trained.model.count_params(), strategy=trained.place.name,
+            devices=tuple(devices), precision=config.precision, command=command, train_images=trained.train.num_examples,
+            test_images=trained.test.num_examples, class_names=trained.test.class_names, evaluation=trained.evaluation,
+            mistakes=tuple(worst.values()),
+        ),
+    )  # fmt: skip
+    print(f"Wrote {path}.", flush=True)
 
 
 def _config_path(value):
@@ -365,7 +663,8 @@ def main(argv):
         tf.config.set_visible_devices([], "GPU")
     try:
         config, workdir = parse(argv)
-        run(config, workdir)
+        if run(config, workdir, shlex.join(["python", "-m", "keras_vit.main", *argv[1:]])) is None:
+            return EXIT_PREEMPTED
     except errors.KerasViTError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1

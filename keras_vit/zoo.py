@@ -82,6 +82,37 @@ class Model(keras.Model):
         """Replaces facts, which Keras must not track as state."""
         object.__setattr__(self, "_facts", {**self._facts, **facts})
 
+    def compile(self, *args, **kwargs):
+        """As in Keras; inside the scope of a `tf.distribute` strategy a model that was made outside moves into it.
+
+        Raises:
+            errors.ArgumentError: Keras cannot train under that strategy.
+        """
+        if keras.config.backend() == "tensorflow":
+            check_strategy(self)
+        super().compile(*args, **kwargs)
+        if keras.config.backend() != "tensorflow":
+            return
+        strategy = self.distribute_strategy
+        outside = [v for v in self.variables if not strategy.extended.variable_created_in_scope(v.value)]
+        if outside:
+            self._distribute_strategy = strategy  # Keras sets it where a model is made, and has no public way to do it later
+            with strategy.scope():
+                for variable in outside:
+                    variable._initialize(load.to_numpy(variable))
+
+    @functools.wraps(keras.Model.fit)
+    def fit(self, *args, **kwargs):
+        if keras.config.backend() == "tensorflow":
+            check_strategy(self)
+        return super().fit(*args, **kwargs)
+
+    def compile_from_config(self, config):
+        """As in Keras, which leaves it out where `compile` is not its own."""
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        if self.optimizer is not None:
+            self.optimizer.build(self.trainable_variables)
+
     def get_config(self):
         return {**super().get_config(), "keras_vit": self._facts}
 
@@ -92,6 +123,31 @@ class Model(keras.Model):
         model = super().from_config(config, custom_objects=custom_objects)
         model.remember(**facts)
         return model
+
+
+def check_strategy(model, own_loop=False):
+    """Refuses a `tf.distribute` strategy, which holds where a model was made or around the call, that Keras cannot train under.
+
+    Args:
+        model: on TensorFlow.
+        own_loop: whether the loop of `training` does it.
+
+    Raises:
+        errors.ArgumentError: parameter servers; several workers outside of that loop.
+    """
+    strategy = model.distribute_strategy
+    kinds = {kind.__name__ for kind in type(strategy).__mro__}
+    if kinds & {"ParameterServerStrategy", "ParameterServerStrategyV1", "ParameterServerStrategyV2"}:
+        raise errors.ArgumentError(
+            f"{model.name!r} under {type(strategy).__name__}: Keras 3 has no training with parameter servers (keras#18624); use "
+            "python -m keras_vit.main --config.strategy=multi_worker."
+        )
+    if "CollectiveAllReduceStrategy" in kinds and strategy.num_replicas_in_sync > 1 and not own_loop:
+        raise errors.ArgumentError(
+            f"{model.name!r} under {type(strategy).__name__}: `fit` of Keras 3 fails there (keras#20585). Train with "
+            "python -m keras_vit.main --config.strategy=multi_worker, or fit a keras_vit.training.step.Learner that is made in "
+            "the scope of keras_vit.training.strategy.open_strategy('multi_worker'), on that place's batches(...)."
+        )
 
 
 def tap(model, name):

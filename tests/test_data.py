@@ -1,9 +1,11 @@
-"""Pixels and pipelines: the original's numbers, an order that (seed, epoch) alone decides, and faults that name their file."""
+"""Pixels and pipelines: the original's numbers, a stream that the seed alone decides, and faults that name their file."""
 
 import base64
+import io
 import itertools
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -16,13 +18,18 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from keras_vit.data import augment, pipeline
 from keras_vit.data.pipeline import (
     decode,
+    decode_box,
     eval_batches,
     eval_image,
+    find_corrupt_shards,
     find_unreadable,
     one_hot,
     open_source,
+    positions,
+    probe,
     raise_unreadable,
     random_box,
     train_batches,
@@ -41,6 +48,14 @@ WEBP = {  # 6 x 9 pixels of (10, 20, 30), one in each of the format's three head
         "RVhJRg4AAABNTQAqAAAACAAAAAAAAA=="
     ),
 }
+
+
+# Two frames of 4 x 4 pixels
+ANIMATED = base64.b64decode(
+    "UklGRoQAAABXRUJQVlA4WAoAAAACAAAAAwAAAwAAQU5JTQYAAAAAAAAAAABBTk1GKAAAAAAAAAAAAAMAAAMAAAAAAAJWUDhMDwAAAC8DwAAABxD9j/4HIqL/AQBB"
+    "Tk1GKAAAAAAAAAAAAAMAAAMAAAAAAABWUDhMDwAAAC8DwAAAB9D/iP4HIqL/AQA="
+)
+EVERYTHING = {"randaugment": (1, 15), "mixup": 0.4, "cutmix": 1.0, "erasing": 0.5}
 
 
 def picture(seed=0, height=12, width=10):
@@ -81,6 +96,21 @@ def ids(dataset, examples):
     return [tuple(pixel[:2]) for pixel in raw(dataset, examples)[:, 0, 0].tolist()]
 
 
+def write_jpegs(root, count=10, splits=("train",)):
+    """{split}/{ant,bee}/{i}.jpg, noise of 30 x 40 pixels."""
+    for split, i in itertools.product(splits, range(count)):
+        path = root / split / ("ant", "bee")[i % 2] / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(tf.io.encode_jpeg(picture(i, 30, 40)).numpy())
+    return root
+
+
+@pytest.fixture
+def few_operations(monkeypatch):
+    """RandAugment of three operations: tracing all takes a second in every pipeline."""
+    monkeypatch.setattr(augment, "OPERATIONS", {name: augment.OPERATIONS[name] for name in ("Rotate", "Color", "Cutout")})
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return write_folder(tmp_path_factory.mktemp("data") / "bugs", count=5)
@@ -93,6 +123,7 @@ def tiny_tfds(tmp_path_factory):
 
     class KerasVitTiny(tfds.core.GeneratorBasedBuilder):
         VERSION = tfds.core.Version("1.0.0")
+        broken = None  # a file to put in the place of example 3
 
         def _info(self):
             label = tfds.features.ClassLabel(names=list("abcdefghij"))
@@ -106,9 +137,16 @@ def tiny_tfds(tmp_path_factory):
             for i in range(20):
                 image = picture(i, 8, 8)
                 image[0, 0] = i % 10, i, 0
-                yield i, {"image": image, "label": i % 10}
+                yield i, {"image": self.broken if self.broken and i == 3 else image, "label": i % 10}
 
-    return "keras_vit_tiny", str(tmp_path_factory.mktemp("tfds"))
+    folder = str(tmp_path_factory.mktemp("tfds"))
+    shards = tfds.download.DownloadConfig(num_shards=3)
+    KerasVitTiny(data_dir=folder).download_and_prepare(download_config=shards)
+    cut = tmp_path_factory.mktemp("cut") / "cut.png"
+    cut.write_bytes(tf.io.encode_png(picture()).numpy()[:100])
+    KerasVitTiny.broken = str(cut)
+    KerasVitTiny(data_dir=f"{folder}/broken").download_and_prepare(download_config=shards)
+    return "keras_vit_tiny", folder
 
 
 # ---------------------------------------------------------------- the arithmetic
@@ -279,6 +317,97 @@ def test_order_and_draws_depend_on_seed_and_epoch_alone(kind, augment, folder, t
     assert not np.array_equal(other[1], labels)
 
 
+@pytest.mark.parametrize("kind", ["folder", "tfds"])
+def test_workers_slices_together_are_the_batches_of_one_bit_for_bit(kind, folder, tiny_tfds, few_operations):
+    source, count = sources(folder, tiny_tfds)[kind]
+    options = {"size": 8, "batch": 4, "seed": 3, "shuffle_buffer": 7, **EVERYTHING}
+    batches = list(train_batches(source, **options).take(count).as_numpy_iterator())
+    for workers, start in ((2, 0), (4, 8)):
+        parts = [train_batches(source, shard=(worker, workers), start=start, **options) for worker in range(workers)]
+        assert [tuple(spec.shape) for spec in parts[0].element_spec] == [
+            (4 // workers, 8, 8, 3),
+            (4 // workers, source.num_classes),
+        ]
+        expected = batches[start // 4 :]
+        slices = [list(part.take(len(expected)).as_numpy_iterator()) for part in parts]
+        for number, (images, labels) in enumerate(expected):
+            np.testing.assert_array_equal(np.concatenate([part[number][0] for part in slices]), images)
+            np.testing.assert_array_equal(np.concatenate([part[number][1] for part in slices]), labels)
+    assert all(np.count_nonzero(labels) > 4 for _, labels in batches[:2]) and len({x.tobytes() for x, _ in batches}) == count
+
+
+def test_a_worker_reads_its_own_examples_and_one_more_for_mixing(folder, monkeypatch):
+    source = open_source(folder, "train")
+    read = []
+
+    def spy(index):
+        tf.numpy_function(lambda i: read.append(int(i)) or i, [index], tf.int64, stateful=True)
+        return source.read(index)
+
+    spied = pipeline.replace(source, read=spy)
+    for options, more in (({}, 0), ({"mixup": 0.2}, 1)):
+        read.clear()
+        data = train_batches(spied, size=8, batch=10, augment=False, shard=(0, 2), prefetch=0, **options)
+        next(iter(data))
+        first = [example.index for example in positions(source, seed=0, start=0, count=10)]
+        expected = {*first[:5], *first[9:][:more]}
+        assert expected <= set(read[: 5 + more]) and set(read[: 5 + more]) == expected
+
+
+@pytest.mark.parametrize("kind", ["folder", "tfds", "unknown length", "digits"])
+def test_a_stream_goes_on_anywhere_with_everything_on(kind, folder, tiny_tfds, few_operations):
+    if kind == "digits":
+        source, count, start = open_source("digits", "test"), 360, 356
+    else:
+        source, count = sources(folder, tiny_tfds)[kind if kind == "folder" else "tfds"]
+        start = 12 if kind == "folder" else 24
+    if kind == "unknown length":
+        source = pipeline.replace(source, num_examples=None)
+    options = {"size": 8, "batch": 4, "seed": 5, "shuffle_buffer": 7, **EVERYTHING}
+    images, labels = take(train_batches(source, **options).skip(start // 4), 3)
+    rest = take(train_batches(source, start=start, **options), 3)
+    np.testing.assert_array_equal(rest[0], images)
+    np.testing.assert_array_equal(rest[1], labels)
+
+
+def test_draws_do_not_depend_on_how_many_threads_there_are(folder, few_operations):
+    data = train_batches(open_source(folder, "train"), size=8, batch=4, **EVERYTHING)
+    single = tf.data.Options()
+    single.threading.private_threadpool_size = 1
+    single.autotune.enabled = False
+    for one, many in zip(take(data.with_options(single), 4), take(data, 4)):
+        np.testing.assert_array_equal(one, many)
+
+
+@pytest.mark.parametrize("kind", ["folder", "tfds", "digits"])
+def test_positions_name_the_examples_of_a_batch(kind, folder, tiny_tfds):
+    if kind == "digits":
+        source, count = open_source("digits", "test"), 360
+    else:
+        source, count = sources(folder, tiny_tfds)[kind]
+    options = {"seed": 9, "start": count - 4, "shuffle_buffer": 7}
+    places = positions(source, count=8, **options)
+    assert [place.position for place in places] == list(range(count - 4, count + 4))
+    assert [place.epoch for place in places] == [0] * 4 + [1] * 4
+    size = (12, 10) if kind == "folder" else 8
+    whole = raw(eval_batches(source, size=size, batch=4), count)
+    stream = raw(train_batches(source, size=size, batch=4, augment=False, **options), 8)
+    np.testing.assert_array_equal(stream, whole[[place.index for place in places]])
+    assert [place.path for place in places] == [source.paths[p.index] if source.paths else None for p in places]
+
+
+def test_randaugment_comes_between_a_crop_to_bytes_and_the_normalisation(folder):
+    source = open_source(folder, "train")
+    plain, erased, mixed = (
+        take(train_batches(source, size=8, batch=10, **options), 1)[0]
+        for options in ({}, {"randaugment": (0, 0), "erasing": 1.0}, {"randaugment": (1, 10)})
+    )
+    kept = (plain == erased).all(-1).mean((1, 2))
+    assert (kept < 1).all() and (kept > 0.5).all()  # the crops are the same, a box of each is gone
+    np.testing.assert_allclose(mixed * 127.5 + 127.5, np.rint(mixed * 127.5 + 127.5), atol=1e-4)
+    assert not np.allclose(plain * 127.5 + 127.5, np.rint(plain * 127.5 + 127.5), atol=1e-4)
+
+
 def test_another_process_draws_the_same_numbers():
     code = (
         "import zlib; from keras_vit.data.pipeline import open_source, train_batches\n"
@@ -308,8 +437,16 @@ def test_batches_refuse_numbers_out_of_range():
     for bad in ({"batch": 0}, {"batch": 2.0}, {"seed": 0.5}, {"start": -1}, {"shuffle_buffer": 0}, {"prefetch": -1}, {"size": 0}):
         with pytest.raises(ArgumentError, match=next(iter(bad))):
             train_batches(source, **{"size": 8, "batch": 4, **bad})
+    for bad in ({"erasing": 1.5}, {"mixup": -1}, {"cutmix": True}, {"randaugment": (2, -1)}, {"shard": 2}, {"shard": (2, 2)}):
+        with pytest.raises(ArgumentError, match=next(iter(bad))):
+            train_batches(source, **{"size": 8, "batch": 4, **bad})
+    with pytest.raises(ArgumentError, match="multiple of the number of workers, got 4"):
+        train_batches(source, size=8, batch=4, shard=(0, 3))
     with pytest.raises(ArgumentError, match="batch"):
         eval_batches(source, size=8, batch=0)
+    for bad in ({"start": -1}, {"count": 0}, {"seed": "0"}, {"shuffle_buffer": 0}):
+        with pytest.raises(ArgumentError, match=next(iter(bad))):
+            positions(source, **{"seed": 0, "start": 0, "count": 1, **bad})
 
 
 # ---------------------------------------------------------------- folders
@@ -348,15 +485,104 @@ def test_jpeg_png_and_webp_mix_by_content_whatever_their_ending(tmp_path):
         np.testing.assert_array_equal(one, expected)
 
 
-def test_a_jpeg_has_the_values_of_decode_jpeg_and_is_not_rotated():
+def test_exif_orientation_is_ignored_in_training_and_evaluation_alike(tmp_path):
     plain = tf.io.encode_jpeg(picture(height=40, width=56), quality=80).numpy()
     expected = tf.image.decode_jpeg(plain, 3)
     np.testing.assert_array_equal(decode(plain), expected)
-    for orientation in range(1, 9):
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    for orientation in range(9):  # 0 is not defined, 1 means upright
         tiff = struct.pack(">2sHIHHHIHHI", b"MM", 42, 8, 1, 0x0112, 3, 1, orientation, 0, 0)
         exif = b"Exif\0\0" + tiff
-        rotated = plain[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + plain[2:]
-        np.testing.assert_array_equal(decode(rotated), expected)
+        turned = plain[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + plain[2:]
+        np.testing.assert_array_equal(decode(turned), expected)
+        (tmp_path / "train" / "a" / f"{orientation}.jpg").write_bytes(turned if orientation else plain)
+    source = open_source(tmp_path, "train")
+    ((images, _),) = eval_batches(source, size=16, batch=9)
+    assert (images.numpy() == images.numpy()[0]).all()
+    images, _ = take(train_batches(source, size=16, batch=9), 2)
+    draws = [example.index for example in positions(source, seed=0, start=0, count=18)]
+    for place in (0, 5, 11):
+        epoch = tf.random.experimental.stateless_fold_in(
+            tf.constant([0, pipeline.AUGMENT], tf.int64), tf.constant(place // 9, tf.int64)
+        )
+        seeds = tf.random.split(tf.random.experimental.stateless_fold_in(epoch, tf.constant(draws[place], tf.int64)), 2)
+        flip = tf.random.stateless_uniform([], seeds[1]) > 0.5
+        wanted = train_image(expected, 16, box=random_box(expected.shape, seeds[0]), flip=flip)
+        np.testing.assert_array_equal(images[place], wanted)
+
+
+def jpegs(image):
+    """One picture as JPEGs of many kinds."""
+    pillow = pytest.importorskip("PIL.Image")
+    for mode, options in [
+        ("RGB", {"subsampling": 0}), ("RGB", {"subsampling": 1}), ("RGB", {"subsampling": 2}), ("L", {}), ("CMYK", {}),
+        ("RGB", {"progressive": True}), ("RGB", {"restart_marker_blocks": 3}),
+    ]:  # fmt: skip
+        file = io.BytesIO()
+        pillow.fromarray(image).convert(mode).save(file, "JPEG", quality=80, **options)
+        yield f"{mode} {options}", file.getvalue()
+
+
+def test_the_box_of_a_jpeg_has_the_values_of_the_whole_image_there():
+    random = np.random.default_rng(0)
+    for height, width in ((50, 66), (33, 17)):
+        for kind, content in jpegs(picture(1, height, width)):
+            whole = decode(content).numpy()
+            corner = [0, 0, height, width], [0, 0, 1, 1], [height - 1, width - 1, 1, 1]
+            drawn = [random_box([height, width, 3], random.integers(0, 99, 2)).numpy() for _ in range(20)]
+            for y, x, tall, wide in [*corner, *drawn]:
+                got = decode_box(content, tf.constant([y, x, tall, wide], tf.int32), width)
+                np.testing.assert_array_equal(got, whole[y : y + tall, x : x + wide], err_msg=kind)
+
+
+def test_training_on_jpegs_alone_or_among_others_gives_what_decoding_them_whole_gives(tmp_path, monkeypatch):
+    root = write_jpegs(tmp_path / "data", 6)
+    source = open_source(root, "train")
+    fast = take(train_batches(source, size=12, batch=6), 2)
+    assert source.all_jpeg
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "_crop_jpeg", pipeline._crop_any)
+        slow = take(train_batches(source, size=12, batch=6), 2)
+    np.testing.assert_array_equal(fast[0], slow[0])
+    (root / "train" / "bee" / "9.png").write_bytes(tf.io.encode_png(picture(1, 30, 40)).numpy())
+    source = open_source(root, "train")
+    mixed = take(train_batches(source, size=12, batch=7), 2)
+    assert not source.all_jpeg
+    monkeypatch.setattr(pipeline, "_crop_jpeg", pipeline._crop_any)
+    np.testing.assert_array_equal(mixed[0], take(train_batches(source, size=12, batch=7), 2)[0])
+
+
+def test_cmyk_palette_and_transparency_become_plain_rgb():
+    pillow = pytest.importorskip("PIL.Image")
+    image = pillow.fromarray(np.uint8([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [200, 200, 200]]])).resize((16, 16), 0)
+
+    def saved(image, kind, **options):
+        file = io.BytesIO()
+        image.save(file, kind, **options)
+        return file.getvalue()
+
+    cmyk = saved(image.convert("CMYK"), "JPEG", quality=95, subsampling=0)
+    np.testing.assert_array_equal(decode(cmyk), tf.image.decode_jpeg(cmyk, 3))
+    np.testing.assert_allclose(decode(cmyk), np.asarray(image), atol=12)
+    np.testing.assert_array_equal(
+        decode(saved(image.convert("P", palette=1), "PNG")), np.asarray(image.convert("P", palette=1).convert("RGB"))
+    )
+    gray = image.convert("L")
+    half = pillow.merge("LA", (gray, pillow.new("L", gray.size, 128)))
+    np.testing.assert_array_equal(decode(saved(half, "PNG")), np.repeat(np.asarray(gray)[..., None], 3, -1))
+    clear = pillow.merge("RGBA", (*image.split(), pillow.new("L", image.size, 0)))
+    np.testing.assert_array_equal(decode(saved(clear, "PNG")), np.asarray(image))
+
+
+def test_animated_webp_and_gif_are_unreadable_under_any_name(tmp_path):
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    (tmp_path / "train" / "a" / "moving.webp").write_bytes(ANIMATED)
+    (tmp_path / "train" / "a" / "still.png").write_bytes(tf.io.encode_png(picture()).numpy())
+    ((path, _),) = find_unreadable(open_source(tmp_path, "train"))
+    assert path.endswith("moving.webp")
+    (tmp_path / "train" / "a" / "named.jpg").write_bytes(base64.b64decode("R0lGODlhAQABAIAAAAUEBAAAACwAAAAAAQABAAACAkQBADs="))
+    with pytest.raises(DataError, match=r"named\.jpg \(not a JPEG.*GIF89a"):
+        open_source(tmp_path, "train")
 
 
 @pytest.mark.parametrize("kind", WEBP)
@@ -482,7 +708,188 @@ def test_a_file_that_vanishes_is_named(tmp_path):
         raise_unreadable(failed.value, source)
 
 
+# ---------------------------------------------------------------- leaving out, first looks, the same data again
+
+
+def test_what_is_left_out_is_counted_and_listed_and_might_as_well_not_be_there(tmp_path):
+    root = write_folder(tmp_path / "data", count=8)
+    for path, content in (("ant/2.png", b""), ("bee/5.png", b"<html>"), ("bee/7.png", png(16000, 16000))):
+        (root / "train" / path).write_bytes(content)
+    with pytest.warns(UserWarning, match=r"^3 of 16 examples .* are left out: .*2\.png \(.*<html>|5\.png") as caught:
+        source = open_source(root, "train", on_error="skip", limit=0.2)
+    assert [warning.filename for warning in caught] == [__file__]
+    assert [Path(path).name for path, _ in source.skipped] == ["2.png", "5.png", "7.png"]
+    assert "64,000,000" in dict(source.skipped)[str(root / "train" / "bee" / "7.png")]
+    for path, _ in source.skipped:
+        os.unlink(path)
+    without = open_source(root, "train")
+    assert source.num_examples == without.num_examples == 13 and source.paths == without.paths
+    for make in (lambda s: train_batches(s, size=8, batch=4), lambda s: eval_batches(s, size=8, batch=4).take(3)):
+        for got, expected in zip(take(make(source), 3), take(make(without), 3)):
+            np.testing.assert_array_equal(got, expected)
+
+
+def test_too_much_to_leave_out_is_an_error(tmp_path):
+    root = write_folder(tmp_path / "data", count=5)
+    (root / "train" / "ant" / "2.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"1 of 10 examples .* limit=0\.01: .*2\.png"):
+        open_source(root, "train", on_error="skip")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert open_source(root, "test", on_error="skip").skipped == ()
+    for i in range(5):
+        (root / "train" / "ant" / f"{i}.png").write_bytes(b"")
+    with pytest.warns(UserWarning, match="5 of 10"), pytest.raises(DataError, match="ant holds no image that can be read"):
+        open_source(root, "train", on_error="skip", limit=0.5)
+    for bad in ({"on_error": "ignore"}, {"limit": 2}, {"limit": "1%"}, {"limit": True}):
+        with pytest.raises(ArgumentError, match="on_error must be"):
+            open_source(root, "train", **bad)
+
+
+def test_a_lost_worker_is_no_reason_to_read_all_data_again(tmp_path):
+    root = write_folder(tmp_path / "data")
+    source = open_source(root, "train")
+    (root / "train" / "ant" / "1.png").unlink()
+    lost = tf.errors.UnavailableError(None, None, "worker 1 is gone")
+    with pytest.raises(tf.errors.UnavailableError) as same:
+        raise_unreadable(lost, source)
+    assert same.value is lost
+
+
+def test_other_classes_or_files_than_before_are_refused_and_named(tmp_path):
+    root = write_folder(tmp_path / "data")
+    source = open_source(root, "train")
+    record = json.loads(json.dumps(source.fingerprint()))
+    source.check(record)
+    root.rename(tmp_path / "moved")
+    root = tmp_path / "moved"
+    open_source(root, "train").check(record)
+    open_source("digits", "test").check(open_source("digits", "test").fingerprint())
+    (root / "train" / "ant" / "0.png").rename(root / "train" / "ant" / "00.png")
+    with pytest.raises(DataError, match="other names"):
+        open_source(root, "train").check(record)
+    (root / "train" / "ant" / "1.png").unlink()
+    with pytest.raises(DataError, match="num_examples was 6, is 5"):
+        open_source(root, "train").check(record)
+    for split in ("train", "test"):
+        (root / split / "bee").rename(root / split / "wasp")
+    with pytest.raises(DataError, match=r"classes only before: 'bee'; only now: 'wasp'; .*num_examples"):
+        open_source(root, "train").check(record)
+    with pytest.raises(DataError, match="'folder', is 'digits'"):
+        open_source("digits", "train").check(record)
+
+
+def flawed(kind):
+    images, labels = np.random.default_rng(0).random((4, 6, 6, 3), np.float32), np.eye(4, dtype=np.float32)
+    whole = np.arange(4)
+    if kind == "NaN or infinity, such as number 2":
+        images[2, 1, 1, 1] = np.nan
+    elif kind == "all images are equal":
+        images[:] = images[0]
+    elif kind == "of one colour":
+        images[:] = np.arange(4)[:, None, None, None]
+    elif kind == "number 1 names no class":
+        labels[1] = 0
+    elif kind == "shares from 0 to 1":
+        labels[3, 0] = np.nan
+    elif kind == r"0\.\.3, got -1 to 3":
+        labels = np.where(whole == 0, -1, whole)
+    elif kind == r"0\.\.3, got 1 to 4":
+        labels = whole + 1
+    return images, labels
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "NaN or infinity, such as number 2", "all images are equal", "of one colour", "number 1 names no class",
+        "shares from 0 to 1", r"0\.\.3, got -1 to 3", r"0\.\.3, got 1 to 4",
+    ],
+)  # fmt: skip
+def test_a_first_batch_that_would_spoil_the_weights_is_refused(kind):
+    images, labels = flawed(kind)
+    for batches in ([(images, labels)], tf.data.Dataset.from_tensors((images, labels))):
+        with pytest.raises(DataError, match=kind):
+            probe(batches, classes=4)
+
+
+def test_a_good_first_batch_is_given_back_and_an_unreadable_one_explained(tmp_path):
+    images, labels = flawed(None)
+    got = probe([(images, labels)])
+    np.testing.assert_array_equal(got[0], images)
+    np.testing.assert_array_equal(got[1], labels)
+    probe([(images, np.arange(4), np.ones(4))], classes=4)
+    with pytest.raises(DataError, match="no batch"):
+        probe([])
+    root = write_folder(tmp_path / "data")
+    source = open_source(root, "train")
+    probe(train_batches(source, size=8, batch=4), source)
+    (root / "train" / "ant" / "1.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    with pytest.raises(DataError, match=r"1 image file\(s\) cannot be read: .*1\.png"):
+        probe(train_batches(source, size=8, batch=6), source)
+    unlabelled = pipeline.replace(
+        open_source("digits", "test"), read=lambda index: (tf.zeros([8, 8, 3], tf.uint8), index * 0 - 1)
+    )
+    with pytest.raises(DataError, match=r"labels must lie in 0\.\.9; .* whether the split has labels at all; got.*-1"):
+        probe(train_batches(unlabelled, size=8, batch=4), unlabelled)
+
+
 # ---------------------------------------------------------------- TFDS
+
+
+def test_an_unreadable_image_of_tfds_is_named_or_left_out(tiny_tfds):
+    name, data_dir = tiny_tfds
+    source = open_source(name, "train", data_dir=f"{data_dir}/broken")
+    ((found, reason),) = find_unreadable(source)
+    assert found.startswith("example ") and reason
+    with pytest.raises(tf.errors.InvalidArgumentError) as failed:
+        list(eval_batches(source, size=8, batch=4))
+    with pytest.raises(DataError, match=found):
+        raise_unreadable(failed.value, source)
+    with pytest.raises(DataError, match=f"1 of 20 examples .*limit=0.01: {found}"):
+        open_source(name, "train", data_dir=f"{data_dir}/broken", on_error="skip")
+    with pytest.warns(UserWarning, match=f"1 of 20 examples .* left out: {found}"):
+        rest = open_source(name, "train", data_dir=f"{data_dir}/broken", on_error="skip", limit=0.05)
+    assert rest.num_examples == 19 and rest.fingerprint() != source.fingerprint()
+    labels = np.concatenate([labels.numpy() for _, labels in eval_batches(rest, size=8, batch=4)])
+    assert sorted(labels.argmax(-1)) == sorted(i % 10 for i in range(20) if i != 3)
+    indices = [example.index for example in positions(rest, seed=0, start=0, count=19)]
+    assert sorted(indices) == sorted({*range(20)} - {int(found.split()[1])})
+
+
+@pytest.mark.parametrize(
+    "fault", ["flipped bit", "flipped length", "cut", "cut in a length", "cut between records", "empty", "missing"]
+)
+def test_a_broken_shard_is_named_with_the_place(fault, tiny_tfds, tmp_path):
+    name, data_dir = tiny_tfds
+    shutil.copytree(Path(data_dir) / name, tmp_path / name)
+    (shard,) = (tmp_path / name).rglob("*-00001-of-00003")
+    content = shard.read_bytes()
+    first = int.from_bytes(content[:8], "little") + 16  # length, its checksum, data, their checksum
+    broken, place = {
+        "flipped bit": (
+            content[: first + 20] + bytes([content[first + 20] ^ 1]) + content[first + 21 :],
+            f"record at {first + 12}",
+        ),
+        "flipped length": (bytes([content[0] ^ 1]) + content[1:], "record at 0"),
+        "cut": (content[: first + 20], f"record at {first}"),
+        "cut in a length": (content[: first + 4], "of 6"),
+        "cut between records": (content[:first], f"ends after 1 of 6 records, at byte {first}"),
+        "empty": (b"", "ends after 0 of 6 records, at byte 0"),
+        "missing": (None, "No such file"),
+    }[fault]
+    source = open_source(name, "train", data_dir=tmp_path)
+    assert find_corrupt_shards(source) == []
+    shard.write_bytes(broken) if broken is not None else shard.unlink()
+    ((path, why),) = find_corrupt_shards(source)
+    assert path == str(shard) and place in why
+    with pytest.raises(tf.errors.OpError) as failed:
+        list(train_batches(source, size=8, batch=5, augment=False, shuffle_buffer=3).take(8))
+    with pytest.raises(DataError, match=r"1 TFRecord file\(s\) are broken: .*00001-of-00003 \(.*" + place) as caught:
+        raise_unreadable(failed.value, source)
+    assert "{{" not in str(caught.value) and caught.value.__cause__ is failed.value
+    with pytest.raises(DataError, match="00001-of-00003"):
+        open_source(name, "train", data_dir=tmp_path, on_error="skip")
 
 
 def test_a_tfds_data_set_is_prepared_and_sliced(tiny_tfds):

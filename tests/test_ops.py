@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_vit.data import pipeline
+from keras_vit.data import augment, pipeline
 from keras_vit.data.ops import MAX_OP, MAX_SPEC, OPS, preprocess
 from keras_vit.errors import ArgumentError
 
@@ -44,7 +44,8 @@ def test_the_originals_numbers_are_met():
 
 @pytest.mark.parametrize(
     "spec",
-    [  # of vit_s16_i1k, load_and_eval, transfer, flexivit/i21k_distill, i1k_deit3_distill, image_text/common
+    [  # of vit_i21k, vit_s16_i1k, load_and_eval, transfer, flexivit/i21k_distill, i1k_deit3_distill, image_text/common
+        "decode_jpeg_and_inception_crop(224)|flip_lr|randaug(2,10)" + LABELS.format(lbl="label"),
         "decode_jpeg_and_inception_crop(224)|flip_lr" + LABELS.format(lbl="label"),
         "decode|resize_small(256)|central_crop(224)" + LABELS.format(lbl="real_label"),
         "decode|inception_crop(64, area_min=50)|" + LABELS.format(lbl="label"),
@@ -142,6 +143,17 @@ def test_decoding_and_cropping_at_once_is_decoding_then_cropping():
     np.testing.assert_array_equal(
         image(joined, data, seed=2), image("inception_crop(16, area_min=20)", pipeline.decode(data), seed=2)
     )
+
+
+def test_randaug_is_that_of_augment_with_a_seed_of_its_own_and_wants_bytes():
+    results = [image("randaug(2, 15)", seed=seed) for seed in range(12)]
+    assert len({each.tobytes() for each in results}) > 8 and all(each.dtype == np.uint8 for each in results)
+    seed = tf.constant([3, 4], tf.int64)
+    np.testing.assert_array_equal(OPS["randaug"].make()(picture(), seed), augment.randaugment(picture(), 2, 10, seed))
+    np.testing.assert_array_equal(image("randaug(magnitude=15)", seed=5), results[5])
+    for wrong in (picture().astype(np.float32), picture()[..., :1]):
+        with pytest.raises(ArgumentError, match=r"randaug: feature 'image' must be a uint8 image \(height, width, 3\)"):
+            image("randaug", wrong, seed=0)
 
 
 def test_half_of_the_flips_flip():
@@ -242,8 +254,10 @@ def test_a_string_that_is_no_list_of_ops_with_literals_is_refused(spec):
 @pytest.mark.parametrize(
     "spec, named, expected, got",
     [
-        ("resise(3)", "'resise'", "Did you mean 'resize'", "flip_lr, value_range"),
-        ("randaug(2, 10)", "'randaug'", "Known ops", "copy"),
+        ("resise(3)", "'resise'", "Did you mean 'resize'", "flip_lr, randaug, value_range"),
+        ("autoaug(2, 10)", "'autoaug'", "Known ops", "copy"),
+        ("randaug(0)", "randaug:", "num_layers must be a whole number from 1 to 16", "got 0"),
+        ("randaug(2, magnitude=-1)", "randaug:", "magnitude must be a number from 0 to 100", "got -1"),
         ("resize", "resize:", "missing a required argument: 'size'", "a whole number from 1 to 8,000"),
         ("resize(3, size=4)", "resize:", "multiple values", "resize(3, size=4)"),
         ("resize(size=3, size=4)", "resize:", "named once", "size=4"),

@@ -116,12 +116,12 @@ def check(build, options, path, asked, folder):
     assert_as_loaded_directly(model, build, folder / f"{path}.npz", **others, input_shape=model.input_shape[1:])
 
 
-@pytest.mark.parametrize("build, options, path", SERVED, ids=lambda value: str(value))
+@pytest.mark.parametrize("build, options, path", SERVED, ids=lambda value: getattr(value, "__name__", None) or str(value))
 def test_published_names_load_as_their_files_do(build, options, path, asked, folder):
     check(build, options, path, asked, folder)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("build, options, path", LARGE, ids=lambda value: str(value))
+@pytest.mark.parametrize("build, options, path", LARGE, ids=lambda value: getattr(value, "__name__", None) or str(value))
 def test_large_published_names_load_as_their_files_do(build, options, path, asked, folder):
     check(build, options, path, asked, folder)

@@ -39,7 +39,7 @@ def get_config():
     config.batch_eval = 512
     # Encoded examples of a TFDS data set held for shuffling; digits and folders shuffle the whole epoch.
     config.shuffle_buffer = 50_000
-    # Every so many steps: test accuracy; a line of progress; model.keras and model.npz are stored. 0: only at the end.
+    # Every so many steps: test accuracy; a line of progress; model.keras, model.npz and the state. 0: only at the end.
     config.eval_every = 100
     config.progress_every = 10
     config.checkpoint_every = 1_000
@@ -47,12 +47,16 @@ def get_config():
     # Batches prepared ahead.
     config.prefetch = 2
 
-    # Learning rate after the warm-up, its decay ('cosine' or 'linear') to the last step, and the steps of warm-up.
+    # Learning rate after the warm-up, its decay ('cosine', 'linear' or 'rsqrt') to the last step, and the steps of warm-up.
     config.base_lr = 0.03
     config.decay_type = "cosine"
     config.warmup_steps = 500
+    # Ours: where 'linear' ends; steps after which 'rsqrt' is base_lr / sqrt(2); last steps, in which any of them falls to 0.
+    config.linear_end = 1e-5
+    config.timescale = 10_000
+    config.cooldown_steps = 0
 
-    # Only 'train'.
+    # 'train'. inference_time.py has the original's other one.
     config.trainer = "train"
 
     # Set by the other configurations: 'ViT' (hybrids too) or 'Mixer'; a model of that type, see models.py; in augreg.py its
@@ -67,10 +71,58 @@ def get_config():
     config.seed = 0
     # 'crop_flip' is the original's inception crop and flip; 'shift' moves by up to an eighth of the side; 'none'.
     config.augment = "crop_flip"
+    # RandAugment and Mixup as a level of AugReg: 'none', 'light1', 'light2', 'medium1', 'medium2', 'strong1', 'strong2'.
+    config.augreg = "none"
+    # Instead of a level, or beyond it: Mixup's and CutMix's alpha, and the probability of random erasing.
+    config.mixup = 0.0
+    config.cutmix = 0.0
+    config.erasing = 0.0
     # Share of the label that is spread evenly over all classes.
     config.label_smoothing = 0.0
+    # 'softmax': cross-entropy; 'sigmoid': binary cross-entropy summed over the classes, as AugReg pre-trains.
+    config.loss = "softmax"
+    # Initial bias of a new head: near -log(classes) with 'sigmoid', where all but one label of an image are 0.
+    config.head_bias = 0.0
+    # Stochastic depth: probability that an image skips a branch of the last block, falling linearly to 0 at the first.
+    config.stochastic_depth_rate = 0.0
     # Spread of the position table when starting from random weights; None is the family's own, 0.02.
     config.position_stddev = placeholder(float)
+    # 'sgd' is the original's, with momentum 0.9; 'adamw'; 'adafactor' in big_vision's form.
+    config.optimizer = "sgd"
+    # Decoupled weight decay of kernels, multiplied by the schedule's course and not by base_lr, as big_vision does it.
+    config.weight_decay = 0.0
+    # Learning rates of layers: a factor per block counted from the head (1.0: all alike), and before it 'PATTERN=FACTOR' rules,
+    # of which the first that fits a weight's path counts: ('block_0/*=0.1',); ('head/*=1', '*=0') trains the head alone.
+    config.layer_decay = 1.0
+    config.lr_rules = ()
+    # Moving average of the weights, evaluated and stored in their place; 0 for none.
+    config.ema = 0.0
+    # 'none', 'sam' or 'gsam'; how far they move the weights, gsam from rho at base_lr to rho_min where the decay ends; its alpha.
+    config.two_pass = "none"
+    config.rho = 0.05
+    config.rho_min = 0.01
+    config.gsam_alpha = 0.4
+    # 'float32', 'mixed_bfloat16' or 'mixed_float16' (whose loss is scaled).
+    config.precision = "float32"
+    # Whether blocks are computed again in the backward pass instead of kept in memory.
+    config.remat = False
+    # Where to train: see training/strategy.py. 'auto', 'one_device'; TensorFlow: 'mirrored', 'multi_worker', 'tpu'; JAX:
+    # 'data_parallel', 'model_parallel' over config.model_axis devices. steps_on_device: updates of one call, for TPUs.
+    config.strategy = "auto"
+    config.model_axis = placeholder(int)
+    config.steps_on_device = 1
+    # The whole state is saved every checkpoint_every steps; so many are kept. A run that is started again goes on from there.
+    config.keep_checkpoints = 2
+    # What to do when a checkpoint cannot be written: 'stop' or 'continue'.
+    config.on_save_error = "stop"
+    # Keys that may differ from those of the run that is continued, such as ('dataset', 'version.keras').
+    config.allow_change = ()
+    # Steps to profile, 'FIRST,LAST'.
+    config.profile = ""
+    # So many training images are evaluated at the end, with the evaluation's preprocessing; 0 for none.
+    config.train_sample = 0
+    # What to do with images that cannot be read: 'raise', or 'skip' up to a hundredth of them.
+    config.on_error = "raise"
     # Whether to export a TF-Hub module and evaluate it in another process, on the CPU, on the whole test split.
     config.export = True
     return config.lock()

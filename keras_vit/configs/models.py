@@ -26,6 +26,8 @@ FIELDS = {
         "channels_mlp_dim": "channels_mlp",
     },
 }  # fmt: skip
+# Arguments that the original's keys cannot say; `config.model` has those that a recipe sets, under their own names
+MORE = {"ViT": ("positions", "style")}
 
 
 def model_config(model_name, family="ViT", **given):
@@ -46,7 +48,7 @@ def model_config(model_name, family="ViT", **given):
         values["representation_size"] = placeholder(int)
     if "width_factor" in values:
         values["width_factor"] = float(values["width_factor"])  # the type that --config.model.resnet.width_factor then takes
-    nested = {"model_name": model_name}
+    nested = {"model_name": model_name, **{name: given[name] for name in MORE.get(family, ()) if name in given}}
     for key, argument in FIELDS[family].items():
         parent, _, leaf = key.rpartition(".")
         (nested.setdefault(parent, {}) if parent else nested)[leaf] = values[argument]
@@ -59,19 +61,21 @@ def family(config):
 
 
 def arguments(config):
-    """The builder's keywords for a configuration's `model`.
+    """The builder's keywords for a configuration's `model`, and its `stochastic_depth_rate`.
 
     Raises:
         errors.ConfigError: it lacks keys of its family, or has others.
     """
     found, fields = dict(_flattened(config.model)), FIELDS[family(config)]
     found.pop("model_name", None)
+    more = {key: found.pop(key) for key in MORE.get(family(config), ()) if key in found}
     if set(found) != set(fields):
         raise errors.ConfigError(
             f"config.model is none of a {family(config)} (config.model_type={config.model_type!r}): it lacks the keys "
             f"{sorted(set(fields) - set(found))} and has {sorted(set(found) - set(fields))}; start from vit.py:MODEL,DATASET."
         )
-    return {argument: found[key] for key, argument in fields.items()}
+    more["stochastic_depth_rate"] = config.stochastic_depth_rate
+    return {argument: found[key] for key, argument in fields.items()} | more
 
 
 def _flattened(config, prefix=""):

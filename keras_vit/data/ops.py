@@ -16,7 +16,7 @@ from numbers import Integral
 import numpy as np
 import tensorflow as tf
 
-from keras_vit.data import pipeline
+from keras_vit.data import augment, pipeline
 from keras_vit.errors import ArgumentError
 
 MAX_SPEC, MAX_OP, MAX_BRACKETS = 10_000, 1_000, 20  # characters, characters, opening brackets in an op: bounds the parser's depth
@@ -40,6 +40,7 @@ def preprocess(spec, *, seed=0):
     - `decode_jpeg_and_inception_crop(size=None, area_min=5, area_max=100, ratio_min=0.75, ratio_max=1.33, method="bilinear",
       antialias=False)`: `decode` (of any format), then the same.
     - `flip_lr`: left-right, with probability 1/2.
+    - `randaug(num_layers=2, magnitude=10)`: `augment.randaugment`, on uint8.
     - `value_range(vmin=-1, vmax=1, in_min=0, in_max=255, clip_values=False)`: float32, in_min..in_max becomes vmin..vmax; the
       last two may be lists, one number for each channel.
     - `onehot(depth, key="labels", key_result=None, multi=True, on=1.0, off=0.0)`: whole numbers -> float32; several labels
@@ -133,9 +134,12 @@ KEY = _Kind("a string", lambda value: isinstance(value, str))
 ANY_KEY = _Kind("a string or None", lambda value: value is None or isinstance(value, str))
 
 INDEX = _Kind("one whole number, another for each example", lambda x: x.dtype.is_integer and x.shape.rank == 0)
+LAYERS = _Kind("a whole number from 1 to 16", lambda value: _whole(value, 16))
+MAGNITUDE = _Kind("a number from 0 to 100", lambda value: _number(value) and 0 <= value <= 100)
 LABELS = _Kind("whole numbers", lambda x: x.dtype.is_integer)
 VALUES = _Kind("numbers", lambda x: x.dtype.is_integer or x.dtype.is_floating)
 IMAGE = _Kind("a decoded image (height, width, channels)", lambda x: VALUES.holds(x) and x.shape.rank == 3)
+BYTES = _Kind("a uint8 image (height, width, 3)", lambda x: x.dtype == tf.uint8 and x.shape.rank == 3 and x.shape[-1] == 3)
 ENCODED = _Kind("the content of an image file, one string", lambda x: x.dtype == tf.string and x.shape.rank == 0)
 
 
@@ -195,6 +199,10 @@ def _decode_jpeg_and_inception_crop(
 
 def _flip_lr():
     return tf.image.stateless_random_flip_left_right
+
+
+def _randaug(num_layers: LAYERS = 2, magnitude: MAGNITUDE = 10):
+    return lambda image, seed: augment.randaugment(image, num_layers, magnitude, seed)
 
 
 def _value_range(vmin: NUMBER = -1, vmax: NUMBER = 1, in_min: NUMBERS = 0, in_max: NUMBERS = 255.0, clip_values: FLAG = False):
@@ -260,6 +268,7 @@ OPS = {
     "random_crop": _Op(_random_crop, random=True),
     "inception_crop": _Op(_inception_crop, random=True),
     "flip_lr": _Op(_flip_lr, random=True),
+    "randaug": _Op(_randaug, BYTES, random=True),
     "value_range": _Op(_value_range, VALUES),
     "onehot": _Op(_onehot, None),
     "keep": _Op(_keep, None),

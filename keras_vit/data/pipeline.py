@@ -1,39 +1,56 @@
 """Images and labels on tf.data: the built-in digits, a folder of images, or a TFDS data set -> (images, one-hot labels).
 
 The arithmetic is that of google-research/vision_transformer (`vit_jax/input_pipeline.py`). The order is not: there it depends
-on what ran before, here the order of an epoch and every random draw in it are a function of (seed, epoch) alone.
+on what ran before, here the stream of examples and every random draw in it are a function of the seed alone: whoever reads a part
+of it, from wherever, on however many workers, gets the same bits.
 
     train = open_source("digits", "train")
     model.fit(train_batches(train, size=8, batch=128, augment=False), steps_per_epoch=100)
 
 Images are used as they are stored: EXIF orientation is ignored, as TensorFlow and the original do; an alpha channel is dropped;
-gray is repeated to three channels; 16-bit PNG becomes 8-bit. An animated WebP cannot be
-decoded and counts as unreadable.
+gray is repeated to three channels; 16-bit PNG becomes 8-bit; CMYK becomes RGB as libjpeg does it. An animated WebP cannot be
+decoded and counts as unreadable, as does a GIF.
 """
 
 import difflib
+import hashlib
+import itertools
 import os
 import re
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from numbers import Integral
+from dataclasses import dataclass, field, replace
+from numbers import Integral, Real
+from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
 
+from keras_vit.data import augment as augmentation
 from keras_vit.data.pixels import Pixels
 from keras_vit.errors import ArgumentError, DataError
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 MAX_PIXELS = 64_000_000  # an image that declares more is refused before anything of it is inflated
 GOOGLE = Pixels()
-ORDER, AUGMENT = 0, 1  # separate streams of random numbers under one seed
+ORDER, AUGMENT, MIX = 0, 1, 2  # separate streams of random numbers under one seed
+RANDAUGMENT, ERASING = 2, 3  # and under one example's; 0 and 1 are the crop and the flip
+LABELS = "labels must lie in"  # how `one_hot` begins to complain
+JPEG = b"\xff\xd8\xff"
+# Errors of tf.data that may come from the data; a lost worker or full memory does not, and is no reason to read all of it again
+READING = (
+    tf.errors.InvalidArgumentError, tf.errors.DataLossError, tf.errors.FailedPreconditionError, tf.errors.NotFoundError,
+    tf.errors.PermissionDeniedError, tf.errors.UnknownError,
+)  # fmt: skip
+_fold_in = tf.random.experimental.stateless_fold_in
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
     """One split of a data set, as `open_source` found it; pass it to `train_batches` and `eval_batches`.
+
+    Beneath these, `ordered()` and `shuffled(key, shuffle_buffer)` are datasets of (number in the source, example), once through
+    and undecoded; `read(example)` gives (content of an image file or uint8 image, label).
 
     Attributes:
         dataset: the name or folder it was opened with.
@@ -41,6 +58,7 @@ class Source:
         class_names: the names in label order.
         num_examples: how many examples; None where TFDS does not know.
         paths: the image files in label order, then by name; empty unless the source is a folder.
+        skipped: with `on_error="skip"`, (file or example, reason) of what cannot be read and is left out.
     """
 
     dataset: str
@@ -48,18 +66,56 @@ class Source:
     class_names: tuple = field(repr=False)
     num_examples: int | None
     paths: tuple = field(default=(), repr=False)
+    skipped: tuple = field(default=(), repr=False)
+    origin: str = field(default="", repr=False)  # what `fingerprint` says of it besides the examples
+    read: callable = field(default=None, repr=False)
+    all_jpeg: bool = field(default=False, repr=False)  # known before any is read
 
     @property
     def num_classes(self):
         """How many classes there are: the width of the one-hot labels."""
         return len(self.class_names)
 
+    def fingerprint(self):
+        """What must be the same for a stream of these examples to be the same: a dict that JSON keeps.
+
+        A folder may have moved: its files count by their names below it.
+        """
+        names = ["/".join(Path(path).parts[-2:]) for path in self.paths] or [name for name, _ in self.skipped]
+        return {
+            "origin": self.origin,
+            "split": self.split,
+            "class_names": list(self.class_names),
+            "num_examples": self.num_examples,
+            "examples": hashlib.sha256(b"\0".join(map(os.fsencode, names))).hexdigest(),
+        }
+
+    def check(self, fingerprint):
+        """Refuses to go on with other examples than those that had this `fingerprint`.
+
+        Raises:
+            DataError: lists what differs, classes by name.
+        """
+        now = self.fingerprint()
+        changes = [
+            f"{key} was {fingerprint.get(key)!r}, is {now[key]!r}"
+            for key in ("origin", "split", "num_examples")
+            if fingerprint.get(key) != now[key]
+        ]
+        before, after = list(fingerprint.get("class_names", [])), now["class_names"]
+        if before != after:
+            gone, new = (_listed(map(repr, sorted(set(a) - set(b)))) for a, b in ((before, after), (after, before)))
+            different = f"classes only before: {gone or 'none'}; only now: {new or 'none'}"
+            changes.insert(0, different if gone or new else "its classes are in another order")
+        if not changes and fingerprint.get("examples") != now["examples"]:
+            changes = ["its files have other names, or others of it are left out as unreadable"]
+        if changes:
+            raise DataError(f"{self.dataset} ({self.split}) is not the data of before: {'; '.join(changes)}. Restore that.")
+
 
 @dataclass(frozen=True, eq=False)
 class _Indexed(Source):
-    """Examples that can be had by number: `load(index) -> (uint8 image, label)`. A whole epoch is shuffled."""
-
-    load: callable = field(default=None, repr=False)
+    """Examples that can be had by number: `read(index)`. A whole epoch is shuffled."""
 
     def ordered(self):
         return tf.data.Dataset.range(self.num_examples).map(lambda index: (index, index))
@@ -71,13 +127,24 @@ class _Indexed(Source):
 
 @dataclass(frozen=True, eq=False)
 class _Stream(Source):
-    """Examples that come one after the other in a fixed order: `load(example) -> (uint8 image, label)`."""
+    """Examples that come one after the other in a fixed order: `read(example)`.
 
-    load: callable = field(default=None, repr=False)
+    Attributes:
+        examples: `tf.data.Dataset` of them.
+        dropped: the numbers of those that are left out.
+        shards: (file, records in it) of every TFRecord file that they lie in.
+    """
+
     examples: tf.data.Dataset = field(default=None, repr=False)
+    dropped: tuple = field(default=(), repr=False)
+    shards: tuple = field(default=(), repr=False)
 
     def ordered(self):
-        return self.examples.enumerate()
+        data = self.examples.enumerate()
+        if not self.dropped:
+            return data
+        dropped = tf.constant(self.dropped, tf.int64)
+        return data.filter(lambda index, example: tf.reduce_all(index != dropped))
 
     def shuffled(self, key, shuffle_buffer):
         # Dataset.shuffle mixes the process-wide seed into the order and takes no tensor for its own; the operation beneath does.
@@ -96,7 +163,17 @@ class _Stream(Source):
         return tf.data.experimental.from_variant(variant, data.element_spec)
 
 
-def open_source(dataset, split, *, data_dir=None, manual_dir=None):
+@dataclass(frozen=True)
+class Example:
+    """A place in the stream of `train_batches`: the epoch, the example's number in the source, its file if that is a folder."""
+
+    position: int
+    epoch: int
+    index: int
+    path: str | None
+
+
+def open_source(dataset, split, *, data_dir=None, manual_dir=None, on_error="raise", limit=0.01):
     """Finds one split of a data set and checks what can be checked without decoding an image.
 
     Args:
@@ -111,20 +188,30 @@ def open_source(dataset, split, *, data_dir=None, manual_dir=None):
         split: "train" or "test" for digits; the sub folder's name; or a TFDS split such as "train[:98%]".
         data_dir: where TFDS keeps its data sets; None is its own default.
         manual_dir: where TFDS finds files that a user must download by hand.
+        on_error: "raise", or "skip": every image is decoded once now, on all cores, and what cannot be read is left out of the
+            source, counted and listed in one warning and in `skipped`. So all who open it, for training or evaluation, leave out
+            the same.
+        limit: the largest share of the examples that "skip" may leave out.
 
     Returns:
         A `Source`.
 
     Raises:
         DataError: no such data set or split; a folder or class without images; a file that is empty or not an image by its first
-            bytes (named); train and test with different classes (the difference is listed); TFDS cannot prepare the data.
+            bytes (named); train and test with different classes (the difference is listed); TFDS cannot prepare the data;
+            more than `limit` of it cannot be read.
+        ArgumentError: `on_error` or `limit` is none of those.
     """
-    dataset, split = os.fspath(dataset), str(split)
+    if on_error not in ("raise", "skip") or isinstance(limit, bool) or not isinstance(limit, Real) or not 0 <= limit <= 1:
+        raise ArgumentError(
+            f"on_error must be 'raise' or 'skip' and limit a share from 0 to 1, got on_error={on_error!r}, limit={limit!r}."
+        )
+    dataset, split, limit = os.fspath(dataset), str(split), limit if on_error == "skip" else None
     if dataset == "digits":
         return _open_digits(split)
     if os.path.isdir(os.path.expanduser(dataset)):
-        return _open_folder(os.path.expanduser(dataset), split)
-    return _open_tfds(dataset, split, data_dir, manual_dir)
+        return _open_folder(os.path.expanduser(dataset), split, limit)
+    return _open_tfds(dataset, split, data_dir, manual_dir, limit)
 
 
 def train_batches(
@@ -136,8 +223,13 @@ def train_batches(
     seed=0,
     shuffle_buffer=50_000,
     augment=True,
+    randaugment=None,
+    erasing=0.0,
+    mixup=0.0,
+    cutmix=0.0,
     prefetch=2,
     start=0,
+    shard=(0, 1),
 ):
     """Endless shuffled batches; they run across the borders of epochs, so every batch is full.
 
@@ -147,48 +239,128 @@ def train_batches(
     Args:
         source: what `open_source` returned.
         size: height and width in pixels: one number, or (height, width).
-        batch: examples in a batch.
+        batch: examples in a batch, of all workers together.
         pixels: the checkpoint's preprocessing.
-        seed: with the epoch's number, all that order, crops and flips depend on.
+        seed: all that order and draws depend on, with the epoch's number and an example's in the source; Mixup's and CutMix's,
+            with the place of the batch in the stream.
         shuffle_buffer: how many encoded examples of a TFDS data set are held for shuffling.
         augment: True for the inception crop (area 5% to 100%, aspect ratio 3/4 to 1.33; Szegedy et al., arXiv 1409.4842), resize
             and horizontal flip with probability 1/2; False for the plain resize of `eval_batches`.
+        randaugment: (layers, magnitude) of `augment.randaugment`, after the flip; the resized image becomes uint8 for it, as in
+            big_vision's "inception_crop|flip_lr|randaug|value_range". None, or 0 layers, for none.
+        erasing: probability of `augment.random_erasing` with normal noise, after the normalisation.
+        mixup: alpha of `augment.mix`; each example is mixed with the one before it in the global batch. 0 for none.
+        cutmix: alpha of CutMix, likewise; where both are above 0, each has half of the batches.
         prefetch: batches prepared ahead.
-        start: how many examples were already consumed: the stream goes on exactly there.
+        start: how many examples were already consumed, by all workers: the stream goes on exactly there.
+        shard: (worker, workers): this worker's equal part of every batch, in order; the workers' parts together are the batch of
+            one. Each decodes its own part only (and one example more for mixing), but a TFDS data set is read by all.
 
     Returns:
-        A `tf.data.Dataset` of infinite cardinality with float32 (batch, height, width, 3) and float32 (batch, classes) one-hot.
+        A `tf.data.Dataset` of infinite cardinality with float32 (n, height, width, 3) and float32 (n, classes), one-hot unless
+        mixed, n = batch / workers.
 
     Raises:
-        ArgumentError: a size, count or seed that is not a whole number in range.
-        tf.errors.InvalidArgumentError: while iterating, on an image that cannot be decoded; see `raise_unreadable`.
+        ArgumentError: a size, count, probability or seed out of range.
+        tf.errors.OpError: while iterating, on an image or shard that cannot be read; see `raise_unreadable`.
     """
     size = _height_width(size)
     _whole_numbers(1, batch=batch, shuffle_buffer=shuffle_buffer)
     _whole_numbers(0, prefetch=prefetch, start=start)
     _whole_numbers(-(2**63), seed=seed)
+    _numbers(1, erasing=erasing)
+    _numbers(float("inf"), mixup=mixup, cutmix=cutmix)
+    worker, share = _share(shard, batch)
+    layers, magnitude = randaugment or (0, 0)
+    augmentation.check_randaugment(layers, magnitude)
 
-    def draws(stream, epoch):
-        return tf.random.experimental.stateless_fold_in(tf.constant([seed, stream], tf.int64), epoch)
+    def prepare(epoch, numbered):
+        (index, example), (_, draws) = numbered, epoch
+        content, label = source.read(example)
+        key = tf.stack([draws, index])
+        if augment:
+            seeds = tf.unstack(tf.random.split(key, 2))
+            image, flip = random_crop(content, seeds[0], source.all_jpeg), tf.random.stateless_uniform([], seeds[1]) > 0.5
+        else:
+            image, flip = _decoded(content), None
+        image = _resize(image, size, pixels)
+        if layers:
+            image = tf.saturate_cast(image, tf.uint8)
+        if flip is not None:
+            image = _flipped(image, flip)
+        if layers:
+            image = augmentation.randaugment(image, layers, magnitude, _fold_in(key, RANDAUGMENT))
+        image = pixels.normalize(image)
+        if erasing:
+            image = augmentation.random_erasing(image, _fold_in(key, ERASING), erasing)
+        return image, label
+
+    mixing = mixup > 0 or cutmix > 0
+    places = list(range(worker * share, (worker + 1) * share))
+    before = [(places[0] - 1) % batch] if mixing and share < batch else []  # whom the first of them is mixed with
+    data = _stream(source, seed, shuffle_buffer, start)
+    if share < batch:
+        rows = tf.constant(before + places)
+        whole = data.batch(batch, drop_remainder=True)
+        data = whole.map(lambda *parts: tf.nest.map_structure(lambda part: tf.gather(part, rows), parts)).unbatch()
+    data = data.map(prepare, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    data = data.batch(len(before + places), drop_remainder=True)
+
+    def finish(number, batched):
+        pair = batched[0], one_hot(batched[1], source.num_classes)
+        if not mixing:
+            return pair
+        partners = [part[:-1] if before else tf.roll(part, 1, 0) for part in pair]
+        pair = [part[len(before) :] for part in pair]
+        key = _fold_in(tf.constant([seed, MIX], tf.int64), start + number * batch)
+        return augmentation.mix(pair, partners, key, mixup_alpha=mixup, cutmix_alpha=cutmix)
+
+    parallel = {"num_parallel_calls": tf.data.AUTOTUNE, "deterministic": True} if mixing else {}
+    data = data.enumerate().map(finish, **parallel)
+    return data.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY)).prefetch(prefetch)
+
+
+def positions(source, *, seed, start, count, shuffle_buffer=50_000):
+    """What stands at places `start` to `start + count - 1` of the stream of `train_batches`: a list of `Example`.
+
+    Nothing is decoded. A batch of `batch` examples after `step` steps is `start=step * batch, count=batch`.
+
+    Args and errors are those of `train_batches`, with the same `seed` and `shuffle_buffer` as there.
+    """
+    _whole_numbers(1, count=count, shuffle_buffer=shuffle_buffer)
+    _whole_numbers(0, start=start)
+    _whole_numbers(-(2**63), seed=seed)
+    data = _stream(source, seed, shuffle_buffer, start).map(lambda epoch, numbered: (epoch[0], numbered[0])).take(count)
+    places = [(int(epoch), int(index)) for epoch, index in data.as_numpy_iterator()]
+    return [
+        Example(start + offset, epoch, index, source.paths[index] if source.paths else None)
+        for offset, (epoch, index) in enumerate(places)
+    ]
+
+
+def _stream(source, seed, shuffle_buffer, start):
+    """The examples from place `start` on, endless: (epoch, its number for draws), (number in the source, what `read` takes)."""
 
     def one_epoch(epoch):
-        examples = source.shuffled(draws(ORDER, epoch), shuffle_buffer)
-        return examples.map(lambda index, example: (epoch, index, example))
-
-    def prepare(epoch, index, example):
-        image, label = source.load(example)
-        if augment:
-            seeds = tf.random.split(tf.random.experimental.stateless_fold_in(draws(AUGMENT, epoch), index), 2)
-            flip = tf.random.stateless_uniform([], seeds[1]) > 0.5
-            image = train_image(image, size, pixels, box=random_box(tf.shape(image), seeds[0]), flip=flip)
-        else:
-            image = eval_image(image, size, pixels)
-        return image, one_hot(label, source.num_classes)
+        order, key = (_fold_in(tf.constant([seed, stream], tf.int64), epoch) for stream in (ORDER, AUGMENT))
+        draws = tf.random.stateless_uniform([], key, None, None, tf.int64)
+        epochs = tf.data.Dataset.from_tensors((epoch, draws)).repeat()
+        return tf.data.Dataset.zip(epochs, source.shuffled(order, shuffle_buffer))
 
     epochs, examples = divmod(start, source.num_examples) if source.num_examples else (0, start)
-    data = tf.data.Dataset.counter(epochs).flat_map(one_epoch).skip(examples)
-    data = data.map(prepare, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).batch(batch, drop_remainder=True)
-    return data.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY)).prefetch(prefetch)
+    return tf.data.Dataset.counter(epochs).flat_map(one_epoch).skip(examples)
+
+
+def _share(shard, batch):
+    """(worker, examples of each worker)."""
+    if not isinstance(shard, (tuple, list)) or len(shard) != 2:
+        raise ArgumentError(f"shard must be (worker, number of workers), got {shard!r}.")
+    worker, workers = shard
+    _whole_numbers(0, shard=worker)
+    _whole_numbers(worker + 1, shard=workers)
+    if batch % workers:
+        raise ArgumentError(f"batch must be a multiple of the number of workers, got {batch} and shard={tuple(shard)}.")
+    return worker, batch // workers
 
 
 def eval_batches(source, *, size, batch, pixels=GOOGLE, prefetch=2):
@@ -204,11 +376,11 @@ def eval_batches(source, *, size, batch, pixels=GOOGLE, prefetch=2):
     _whole_numbers(0, prefetch=prefetch)
 
     def prepare(_, example):
-        image, label = source.load(example)
-        return eval_image(image, size, pixels), one_hot(label, source.num_classes)
+        content, label = source.read(example)
+        return eval_image(_decoded(content), size, pixels), label
 
-    data = source.ordered().map(prepare, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-    return data.batch(batch).prefetch(prefetch)
+    data = source.ordered().map(prepare, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).batch(batch)
+    return data.map(lambda images, labels: (images, one_hot(labels, source.num_classes))).prefetch(prefetch)
 
 
 def eval_image(image, size, pixels=GOOGLE):
@@ -246,9 +418,7 @@ def train_image(image, size, pixels=GOOGLE, *, box, flip):
         if min(y, x) < 0 or min(height, width) < 1 or y + height > image.shape[0] or x + width > image.shape[1]:
             extent, got = tuple(image.shape[:2]), tuple(known.tolist())
             raise ArgumentError(f"box (y, x, height, width) must lie in the image of {extent} pixels, got {got}.")
-    image = tf.slice(image, [box[0], box[1], 0], [box[2], box[3], 3])
-    image = _resize(image, size, pixels)
-    return pixels.normalize(tf.where(flip, tf.reverse(image, [1]), image))
+    return pixels.normalize(_flipped(_resize(_cut(image, box), size, pixels), flip))
 
 
 def random_box(shape, seed, area=(0.05, 1.0), ratio=(0.75, 1.33)):
@@ -278,7 +448,7 @@ def one_hot(labels, classes):
     """
     labels = tf.convert_to_tensor(labels)
     valid = tf.reduce_all(tf.logical_and(labels >= 0, labels < classes))
-    message = f"labels must lie in 0..{classes - 1}; check the number of classes, and whether the split has labels at all; got"
+    message = f"{LABELS} 0..{classes - 1}; check the number of classes, and whether the split has labels at all; got"
     if tf.executing_eagerly() and not valid:
         raise ArgumentError(f"{message} {labels.numpy()}.")
     return tf.one_hot(_checked(labels, valid, message, labels), classes, dtype=tf.float32)
@@ -291,46 +461,196 @@ def decode(data):
         tf.errors.InvalidArgumentError: the content cannot be decoded, or a JPEG, PNG or WebP declares more than 64 million pixels
             (seen from its header, before decoding).
     """
-    height, width = tf.unstack(_declared_size(data))
-    small = tf.logical_and(height <= MAX_PIXELS, height * width <= MAX_PIXELS)
-    data = _checked(data, small, f"the image declares more than {MAX_PIXELS:,} pixels (height, width):", height, width)
+    data = _not_huge(data, *tf.unstack(_declared_size(data)))
     return tf.ensure_shape(tf.io.decode_image(data, channels=3, expand_animations=False), [None, None, 3])
 
 
+def random_crop(content, seed, is_jpeg=None):
+    """What `Source.read` gives -> uint8 (h, w, 3): the box that `random_box` draws of it. Of a JPEG, no more is decoded.
+
+    Args:
+        content: of a file, scalar string tensor; or uint8 (h, w, 3).
+        seed: two integers.
+        is_jpeg: True where that is known of the file; it saves a look.
+
+    Raises:
+        tf.errors.InvalidArgumentError: as `decode`; a JPEG that breaks off may do so only when a box needs what is missing.
+    """
+    if content.dtype != tf.string:
+        return _cut(content, random_box(tf.shape(content), seed))
+    if is_jpeg:
+        return _crop_jpeg(content, seed)
+    starts_so = tf.strings.substr(content, 0, 3) == JPEG
+    image = tf.cond(starts_so, lambda: _crop_jpeg(content, seed), lambda: _crop_any(content, seed))
+    return tf.ensure_shape(image, [None, None, 3])
+
+
+def decode_box(data, box, width):
+    """A JPEG's content -> uint8 (height, width of the box, 3): the values of `decode` there, without decoding all the rest.
+
+    TensorFlow's own `decode_and_crop_jpeg` differs by up to 26 levels in the outermost columns of the box, where libjpeg would
+    interpolate the colours of a neighbour outside it; hence one column more is decoded on each side.
+
+    Args:
+        data: scalar string tensor.
+        box: int32 (4,), y, x, height, width in pixels, inside the image.
+        width: int32, of the whole image.
+
+    Raises:
+        tf.errors.InvalidArgumentError: the content is no JPEG, or broken as far as the box needs it.
+    """
+    y, x, height, wide = tf.unstack(box)
+    left, right = tf.minimum(x, 1), tf.minimum(width - x - wide, 1)
+    image = tf.io.decode_and_crop_jpeg(data, tf.stack([y, x - left, height, left + wide + right]), channels=3)
+    return image[:, left : left + wide]
+
+
 def find_unreadable(source):
-    """Decodes every file of a folder source: a list of (path, reason) for those that fail; empty for other sources."""
+    """Reads and decodes every image of a folder or TFDS source: a list of (file or "example N", reason) for those that fail."""
+    return [(name, why) for _, name, why in _faults(source)[0]]
 
-    def reason(path):
-        try:
-            with open(path, "rb") as file:
-                decode(tf.constant(file.read()))
-        except (OSError, tf.errors.OpError) as error:
-            text = error.strerror if isinstance(error, OSError) else error.message
-            return re.sub(r"^\{\{.*?\}\} |assertion failed: | \[Op:\w+\].*$", "", str(text), flags=re.S)
-        return None
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return [(path, why) for path, why in zip(source.paths, pool.map(reason, source.paths)) if why]
+def find_corrupt_shards(source):
+    """Reads every TFRecord file of a TFDS source: a list of (file, what is wrong and at which byte); empty for other sources."""
+    return [(path, why) for path, records in getattr(source, "shards", ()) if (why := _shard_fault(path, records))]
 
 
 def raise_unreadable(error, *sources):
     """Names the files behind an error that came out of tf.data, which knows no file names.
 
     Call it where `fit` or `evaluate` is called: `except tf.errors.OpError as error: raise_unreadable(error, train, test)`.
-    It decodes all files of the sources again, so that every broken one is found at once.
+    It decodes all images of the sources again, or reads all shards, so that every broken one is found at once.
 
     Raises:
-        DataError: files of these sources cannot be decoded: the first five with the reason, and how many there are.
-        The given error: all files can be decoded, or no source is a folder; the cause is another one.
+        DataError: images or shards of these sources cannot be read: the first five with the reason, and how many there are; or a
+            label is out of range.
+        The given error: all can be read; the cause is another one.
     """
+    explained = _explained(error, sources)
+    if explained is None:
+        raise error
+    raise explained from error
+
+
+def probe(batches, *sources, classes=None):
+    """Reads the first batch and refuses what training would only spoil weights with; gives (images, labels) as numpy arrays.
+
+    Args:
+        batches: of (images, labels), such as `train_batches` gives; any iterable.
+        sources: those that `batches` read, to name what cannot be read.
+        classes: how many there are; needed to check labels that are whole numbers, not one-hot.
+
+    Raises:
+        DataError: there is no batch; something cannot be read; images hold NaN or infinity, are all equal or all of one colour;
+            a label is out of range, NaN, or names no class.
+    """
+    try:
+        first = next(iter(batches), None)
+    except tf.errors.OpError as error:
+        raise _explained(error, sources) or DataError(f"The first batch cannot be read: {_plain(error.message)}.") from error
+    if first is None:
+        raise DataError("There is no batch. Check that the source holds examples, at least a batch of them.")
+    images, labels = (np.asarray(part) for part in first[:2])
+    faults = [*_image_faults(images), *_label_faults(labels, classes)]
+    if faults:
+        raise DataError(f"The first batch of {len(images)} examples cannot be trained on: {'; '.join(faults)}. Mend the data.")
+    return images, labels
+
+
+def _image_faults(images):
+    axes = tuple(range(1, images.ndim))
+    finite = np.isfinite(images).all(axes)
+    if not finite.all():
+        yield f"{np.sum(~finite)} images hold NaN or infinity, such as number {np.argmin(finite)}"
+    elif len(images) > 1 and (images == images[:1]).all():
+        yield "all images are equal"
+    elif (images.min(axes) == images.max(axes)).all():
+        yield "every image is of one colour"
+
+
+def _label_faults(labels, classes):
+    if np.issubdtype(labels.dtype, np.integer) and (labels.ndim == 1 or labels.shape[1:] == (1,)):
+        if classes is not None and labels.size and not 0 <= labels.min() <= labels.max() < classes:
+            yield f"labels must lie in 0..{classes - 1}, got {labels.min()} to {labels.max()}"
+    elif not np.isfinite(labels).all() or labels.min(initial=0) < 0 or labels.max(initial=0) > 1:
+        yield f"labels must be shares from 0 to 1, got {labels.min()} to {labels.max()}"
+    elif not labels.any(-1).all():
+        yield f"label number {np.argmin(labels.any(-1))} names no class, as a one-hot label out of range does"
+
+
+def _explained(error, sources):
+    """A `DataError` that says what is behind an error of tf.data, or None."""
+    text = _plain(error.message)
+    if LABELS in text:
+        return DataError(f"{text}.")
+    if not isinstance(error, READING):
+        return None
+    if isinstance(error, tf.errors.InvalidArgumentError):
+        broken = []
+    else:
+        broken = [item for source in sources for item in find_corrupt_shards(source)]
+    if broken:
+        shards = _listed(f"{path} ({why})" for path, why in broken)
+        return DataError(f"{len(broken)} TFRecord file(s) are broken: {shards}. Download or prepare the data set again.")
     bad = [item for source in sources for item in find_unreadable(source)]
-    if bad:
-        raise _unreadable(bad) from error
-    raise error
+    return _unreadable(bad) if bad else None
+
+
+def _shard_fault(path, records):
+    read = 0
+    try:
+        for _ in tf.data.TFRecordDataset(path):
+            read += 1
+        size = tf.io.gfile.stat(path).length
+    except tf.errors.DataLossError as error:
+        return f"record {read + 1} of {records}: {_plain(error.message)}"
+    except tf.errors.OpError as error:
+        return _plain(error.message)
+    return None if read == records else f"ends after {read} of {records} records, at byte {size}"
+
+
+def _faults(source):
+    """([(number, file or "example N", reason)] of what cannot be decoded, how many examples there are)."""
+
+    def reason(item):
+        try:
+            _, name, content = item
+            if content is None:
+                with open(name, "rb") as file:
+                    content = file.read()
+            decode(tf.constant(content))
+        except (OSError, tf.errors.OpError) as error:
+            return error.strerror if isinstance(error, OSError) else _plain(error.message)
+        return None
+
+    if source.paths:
+        items = ((index, path, None) for index, path in enumerate(source.paths))
+    elif isinstance(source, _Stream):
+        items = ((int(index), f"example {index}", content) for index, (content, _) in source.ordered().as_numpy_iterator())
+    else:
+        return [], source.num_examples
+    faults, total = [], 0
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        while chunk := list(itertools.islice(items, 256)):
+            faults += [(*item[:2], why) for item, why in zip(chunk, pool.map(reason, chunk)) if why]
+            total += len(chunk)
+    return faults, total
+
+
+def _plain(message):
+    """An error message of TensorFlow without its frame."""
+    text = re.sub(r"^\{\{.*?\}\} | \[Op:\w+\].*$|\n\t .*$", "", str(message), flags=re.S)
+    return re.sub(r"assertion failed: \[(.*?)\]", r"\1", text)
+
+
+def _not_huge(data, height, width):
+    small = height <= MAX_PIXELS // tf.maximum(width, 1)  # the product may overflow
+    return _checked(data, small, f"the image declares more than {MAX_PIXELS:,} pixels (height, width):", height, width)
 
 
 def _checked(value, condition, *message):
-    with tf.control_dependencies([tf.debugging.Assert(condition, message)]):
+    # tf.debugging.Assert puts a conditional around it, which costs more in tf.data than making the message
+    with tf.control_dependencies([tf.raw_ops.Assert(condition=condition, data=message, summarize=8)]):
         return tf.identity(value)
 
 
@@ -360,6 +680,12 @@ def _whole_numbers(least, **values):
             raise ArgumentError(f"{name} must be a whole number, at least {least}, got {value!r}.")
 
 
+def _numbers(most, **values):
+    for name, value in values.items():
+        if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value <= most:
+            raise ArgumentError(f"{name} must be a number from 0 to {most}, got {value!r}.")
+
+
 def _rgb(image, ranks):
     image = tf.convert_to_tensor(image)
     if image.shape.rank not in ranks or image.shape[-1] != 3:
@@ -369,6 +695,32 @@ def _rgb(image, ranks):
 
 def _resize(image, size, pixels):
     return tf.image.resize(image, _height_width(size), method=pixels.resize, antialias=pixels.antialias)
+
+
+def _cut(image, box):
+    return tf.slice(image, [box[0], box[1], 0], [box[2], box[3], 3])
+
+
+def _flipped(image, flip):
+    return tf.cond(tf.cast(flip, tf.bool), lambda: tf.reverse(image, [1]), lambda: image)
+
+
+def _decoded(content):
+    """What `Source.read` gives -> uint8 (h, w, 3)."""
+    return decode(content) if content.dtype == tf.string else content
+
+
+def _crop_jpeg(content, seed):
+    shape = tf.image.extract_jpeg_shape(content)
+    height, width, _ = tf.unstack(shape)
+    return decode_box(_not_huge(content, height, width), random_box(shape, seed), width)
+
+
+# Not inlined: as dead nodes of every call on a JPEG, its many small operations would cost more than the checks on that JPEG
+@tf.function(autograph=False, experimental_attributes={"_noinline": True})
+def _crop_any(content, seed):
+    image = decode(content)
+    return _cut(image, random_box(tf.shape(image), seed))
 
 
 def _declared_size(data):
@@ -391,7 +743,7 @@ def _declared_size(data):
 
     return tf.case(
         [
-            (starts(b"\xff\xd8\xff"), lambda: tf.image.extract_jpeg_shape(data, tf.int64)[:2]),
+            (starts(JPEG), lambda: tf.image.extract_jpeg_shape(data, tf.int64)[:2]),
             (starts(b"\x89PNG\r\n\x1a\n"), lambda: tf.stack([number(20, 4, big_endian=True), number(16, 4, big_endian=True)])),
             (tf.logical_and(starts(b"RIFF"), starts(b"WEBP", 8)), webp),
         ],
@@ -412,10 +764,10 @@ def _open_digits(split):
     values = np.rint(images[chosen].reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8).repeat(3, axis=-1)
     values, labels = tf.constant(values), tf.constant(labels[chosen], tf.int64)
     names = tuple(map(str, range(10)))
-    return _Indexed("digits", split, names, len(chosen), load=lambda index: (values[index], labels[index]))
+    return _Indexed("digits", split, names, len(chosen), origin="digits", read=lambda index: (values[index], labels[index]))
 
 
-def _open_folder(root, split):
+def _open_folder(root, split, limit):
     splits = _folders(root)
     if split not in splits:
         raise DataError(f"{root} has no split {split!r} but {splits}. Expected {root}/{{train,test}}/<class>/<image>.")
@@ -432,7 +784,7 @@ def _open_folder(root, split):
                 f"Only in {split}: {sorted(set(names) - set(others))};"
                 f" only in {sibling}: {sorted(set(others) - set(names))}. Rename or add the missing folders."
             )
-    paths, labels, bad = [], [], []
+    paths, labels, heads = [], [], []
     skipped = [os.path.join(folder, name) for name in _visible(folder) if name not in names]
     with ThreadPoolExecutor(16) as pool:  # opening a file waits on the disk or the network
         for label, name in enumerate(names):
@@ -441,19 +793,48 @@ def _open_folder(root, split):
             skipped += sorted(set(entries) - set(images))
             if not images:
                 raise DataError(f"{os.path.join(folder, name)} holds no image ({', '.join(ENDINGS)}). Add some or remove it.")
-            bad += [(path, why) for path, why in zip(images, pool.map(_header_fault, images)) if why]
+            heads += pool.map(_first_bytes, images)
             paths += images
             labels += [label] * len(images)
-    if bad:
+    bad = [(path, why) for path, (why, _) in zip(paths, heads) if why]
+    if bad and limit is None:
         raise _unreadable(bad)
     if skipped:
         warnings.warn(f"{len(skipped)} entries are not read as images ({', '.join(ENDINGS)}): {_listed(skipped)}", stacklevel=3)
-    files, labels = tf.constant([os.fsencode(path) for path in paths]), tf.constant(labels, tf.int64)
 
-    def load(index):
-        return decode(tf.io.read_file(files[index])), labels[index]
+    def opened(kept, skipped=()):
+        some = [paths[index] for index in kept]
+        files = tf.constant([os.fsencode(path) for path in some])
+        targets = tf.constant([labels[index] for index in kept], tf.int64)
 
-    return _Indexed(root, split, tuple(names), len(paths), tuple(paths), load)
+        def read(index):
+            return tf.io.read_file(tf.gather(files, index)), tf.gather(targets, index)
+
+        all_jpeg = all(heads[index][1] for index in kept)
+        return _Indexed(root, split, tuple(names), len(some), tuple(some), skipped, "folder", read, all_jpeg)
+
+    source = opened(range(len(paths)))
+    if limit is None:
+        return source
+    faults, _ = _faults(source)
+    skipped = _left_out(source, faults, len(paths), limit)
+    gone = {index for index, _, _ in faults}
+    kept = [index for index in range(len(paths)) if index not in gone]
+    for label in set(range(len(names))) - {labels[index] for index in kept}:
+        raise DataError(f"{os.path.join(folder, names[label])} holds no image that can be read. Replace them or remove it.")
+    return opened(kept, skipped)
+
+
+def _left_out(source, faults, total, limit):
+    """(name, reason) of each fault, with a warning, or an error where there are too many."""
+    items = tuple((name, why) for _, name, why in faults)
+    what = f"{len(items)} of {total} examples of {source.dataset} ({source.split})"
+    listed = _listed(f"{name} ({why})" for name, why in items)
+    if len(items) > limit * total or len(items) == total:
+        raise DataError(f"{what} cannot be read, and limit={limit}: {listed}. Replace or remove them, or pass a larger limit.")
+    if items:
+        warnings.warn(f"{what} cannot be read and are left out: {listed}", stacklevel=4)
+    return items
 
 
 def _visible(folder):
@@ -467,19 +848,20 @@ def _folders(folder):
     return [name for name in _visible(folder) if os.path.isdir(os.path.join(folder, name))]
 
 
-def _header_fault(path):
+def _first_bytes(path):
+    """(what is wrong with a file by its first bytes, or None; whether it is a JPEG)."""
     try:
         with open(path, "rb") as file:
             head = file.read(16)
     except OSError as error:
-        return error.strerror
+        return error.strerror, False
     if not head:
-        return "zero bytes"
-    known = head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
-    return None if known else f"not a JPEG, PNG or WebP file, starts with {head[:8]!r}"
+        return "zero bytes", False
+    known = head.startswith((JPEG, b"\x89PNG\r\n\x1a\n")) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
+    return None if known else f"not a JPEG, PNG or WebP file, starts with {head[:8]!r}", head.startswith(JPEG)
 
 
-def _open_tfds(dataset, split, data_dir, manual_dir):
+def _open_tfds(dataset, split, data_dir, manual_dir, limit):
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
@@ -505,7 +887,7 @@ def _open_tfds(dataset, split, data_dir, manual_dir):
     if not isinstance(image, tfds.features.Image) or not isinstance(label, tfds.features.ClassLabel) or not label.num_classes:
         raise DataError(f"{dataset!r} of TFDS must have an image 'image' and a class 'label', its features are {features}.")
     try:
-        num_examples = builder.info.splits[split].num_examples if builder.info.splits else None
+        chosen = builder.info.splits[split] if builder.info.splits else None
         examples = builder.as_dataset(
             split=split,
             decoders=tfds.decode.PartialDecoding({"image": True, "label": True}, decoders={"image": tfds.decode.SkipDecoding()}),
@@ -516,9 +898,28 @@ def _open_tfds(dataset, split, data_dir, manual_dir):
         splits = sorted(builder.info.splits)
         raise DataError(f"{dataset!r} has nothing under the split {split!r} ({error}). Its splits are {splits}.") from error
 
-    encoded = examples.map(lambda example: (example["image"], example["label"]))
-
-    def load(example):
-        return decode(example[0]), example[1]
-
-    return _Stream(dataset, split, tuple(label.names), num_examples, load=load, examples=encoded)
+    shards = ()
+    if chosen and builder.info.file_format is tfds.core.FileFormat.TFRECORD:
+        shards = tuple((shard.filename, shard.examples_in_shard) for shard in chosen.file_instructions)
+    source = _Stream(
+        dataset,
+        split,
+        tuple(label.names),
+        chosen.num_examples if chosen else None,
+        origin=builder.info.full_name,
+        read=lambda example: example,
+        examples=examples.map(lambda example: (example["image"], example["label"])),
+        shards=shards,
+    )
+    if limit is None:
+        return source
+    try:
+        faults, total = _faults(source)
+    except tf.errors.OpError as error:
+        raise_unreadable(error, source)
+    return replace(
+        source,
+        skipped=_left_out(source, faults, total, limit),
+        dropped=tuple(index for index, _, _ in faults),
+        num_examples=total - len(faults),
+    )

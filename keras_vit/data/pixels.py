@@ -61,7 +61,8 @@ class Pixels:
         Raises:
             ArgumentError: the last axis is not 3, there are fewer than 3 axes, or the values are neither integers nor floats.
         """
-        mean, std = np.float32(self.mean), np.float32(self.std)
+        # One number for all channels where they agree: broadcasting three takes TensorFlow many times as long
+        mean, std = (np.float32(values if len(set(values)) > 1 else values[0]) for values in (self.mean, self.std))
         if isinstance(x, keras.KerasTensor) or keras.ops.is_tensor(x):
             _check_images(x.shape, keras.backend.standardize_dtype(x.dtype))
             return (keras.ops.cast(x, "float32") - mean) / std

@@ -39,6 +39,7 @@ class Attention(keras.layers.Layer):
         size, init = width // self.heads, _uniform(width, width)
         self.qkv_kernel = self.add_weight(shape=(width, 3, self.heads, size), initializer=init, name="qkv_kernel")
         self.qkv_bias = self.add_weight(shape=(3, self.heads, size), initializer="zeros", name="qkv_bias")
+        self.qkv_kernel.fused_axis, self.qkv_bias.fused_axis = 1, 0  # for `training.optimizers.Adafactor`
         self.out_kernel = self.add_weight(shape=(self.heads, size, width), initializer=init, name="out_kernel")
         self.out_bias = self.add_weight(shape=(width,), initializer="zeros", name="out_bias")
 

@@ -1,4 +1,4 @@
-"""Gradient accumulation inside the train step, for TensorFlow and JAX."""
+"""Gradients of a batch that goes through the model in parts, as pure functions, on TensorFlow, JAX and PyTorch."""
 
 import keras
 from keras import ops, tree
@@ -6,97 +6,122 @@ from keras import ops, tree
 from keras_vit.errors import ArgumentError
 
 
-class Accumulating(keras.Model):
-    """A functional model whose `fit` sends a batch through in parts, one by one, and updates once with the mean gradient.
+def divided(data, parts, devices=1):
+    """Every (b, ...) of `data` as (parts, b / parts, ...).
 
-    The loss is the mean over the parts, so that loss and update are those of the whole batch, as in the original's
-    `accumulate_gradient`; clipping and momentum, in the optimizer, see the mean. (Keras's own `gradient_accumulation_steps`
-    spreads one update over several batches, and fails under a strategy.) Layers are shared with the model it is made from:
-
-        Accumulating(model.inputs, model.outputs, parts=8)
-
-    Args:
-        inputs, outputs: of a functional model.
-        parts: how many; the batch must be a multiple.
+    A part takes equally many examples of each of `devices`, over which the batch is spread in order, so that none has to move.
 
     Raises:
-        ArgumentError: on PyTorch, or `parts` is less than 1; in `fit`: the batch is no multiple.
+        ArgumentError: the batch cannot be divided so.
     """
 
-    def __init__(self, inputs, outputs, parts, **kwargs):
-        if keras.config.backend() not in _STEPS:
-            raise ArgumentError(
-                f"Accumulating: works on {' and '.join(_STEPS)}, not on {keras.config.backend()}; train with accum_steps=1."
-            )
-        if parts < 1:
-            raise ArgumentError(f"Accumulating: parts must be at least 1, got {parts}.")
-        super().__init__(inputs, outputs, **kwargs)
-        self.parts = parts
-
-    def train_step(self, *args):
-        return _STEPS[keras.config.backend()](self, *args)
-
-
-def _divide(data, parts):
-    """Every (b, ...) of `data` as (parts, b / parts, ...)."""
-
     def divide(x):
-        if isinstance(x.shape[0], int) and x.shape[0] % parts:
-            raise ArgumentError(f"Accumulating: a batch of {x.shape[0]} cannot be cut into {parts} equal parts; change either.")
-        return ops.reshape(x, (parts, -1, *x.shape[1:]))
+        if isinstance(x.shape[0], int) and x.shape[0] % (parts * devices):
+            raise ArgumentError(
+                f"A batch of {x.shape[0]} cannot be cut into {parts} equal parts"
+                f"{f' on each of {devices} devices' if devices > 1 else ''}; change either."
+            )
+        if devices == 1:
+            return ops.reshape(x, (parts, -1, *x.shape[1:]))
+        x = ops.swapaxes(ops.reshape(x, (devices, parts, -1, *x.shape[1:])), 0, 1)
+        return ops.reshape(x, (parts, -1, *x.shape[3:]))
 
     return tree.map_structure(divide, data)
 
 
-def _tensorflow_step(model, data):
+def differentiated(function, weights):
+    """(loss, rest, gradients) of `function(weights) -> (loss, rest)`; a weight that it does not use has gradient 0."""
+    return _DIFFERENTIATED[keras.config.backend()](function, weights)
+
+
+def accumulated(function, zeros, state, data, parts, devices=1):
+    """Means over the parts of a batch, which are taken one after the other.
+
+    Args:
+        function: (state, part of `data`) -> (summed, state, kept); a pure function; `kept` is float32 (b / parts, c).
+        zeros: structure of what is summed, all 0, as a function that makes it.
+        state: list of tensors that goes from one part to the next.
+        data: structure of (b, ...) tensors.
+        parts: how many; with 1 it is `function(state, data)` itself.
+        devices: over which a batch is spread, see `divided`.
+
+    Returns:
+        (mean of `summed` over the parts, last state, `kept` of all parts one after the other along its first axis).
+    """
+    if parts == 1:
+        return function(state, data)
+    cut = divided(data, parts, devices)
+    summed, state, kept = _LOOPS[keras.config.backend()](function, zeros(), state, cut, parts)
+    if devices > 1:  # back in the batch's own order
+        apart = ops.reshape(kept, (parts, devices, -1, *kept.shape[2:]))
+        kept = ops.swapaxes(apart, 0, 1)
+        kept = ops.reshape(kept, (-1, *kept.shape[3:]))
+    else:
+        kept = ops.reshape(kept, (-1, *kept.shape[2:]))
+    return tree.map_structure(lambda total: total / parts, summed), state, kept
+
+
+def _tensorflow_differentiated(function, weights):
     import tensorflow as tf
 
-    x, y, weight = keras.utils.unpack_x_y_sample_weight(data)
-    divided = _divide((x, y) if weight is None else (x, y, weight), model.parts)
-    variables = model.trainable_weights
-
-    def add_part(i, sums):
-        part = tree.map_structure(lambda t: tf.gather(t, i), divided)
-        x, y, weight = keras.utils.unpack_x_y_sample_weight(part)
-        with tf.GradientTape() as tape:
-            scores = model(x, training=True)
-            loss = model.compute_loss(x, y, scores, weight, training=True)
-            scaled = model.optimizer.scale_loss(loss)
-        model._loss_tracker.update_state(loss, sample_weight=tf.shape(y)[0])  # as the train step of Keras does
-        model.compute_metrics(x, y, scores, weight)
-        gradients = tape.gradient(scaled, variables, unconnected_gradients=tf.UnconnectedGradients.ZERO)
-        return i + 1, [total + gradient for total, gradient in zip(sums, gradients)]
-
-    zeros = [tf.zeros(v.shape, v.dtype) for v in variables]
-    again = dict(parallel_iterations=1, maximum_iterations=model.parts)
-    _, sums = tf.while_loop(lambda i, _: i < model.parts, add_part, (0, zeros), **again)
-    model.optimizer.apply_gradients([(total / model.parts, v) for total, v in zip(sums, variables)])
-    return model.get_metrics_result()
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch(weights)
+        loss, rest = function(weights)
+    return loss, rest, tape.gradient(loss, weights, unconnected_gradients=tf.UnconnectedGradients.ZERO)
 
 
-def _jax_step(model, state, data):
+def _jax_differentiated(function, weights):
     import jax
 
-    trainable, non_trainable, optimizer, metrics = state
-    x, y, weight = keras.utils.unpack_x_y_sample_weight(data)
-    gradient_of = jax.value_and_grad(model.compute_loss_and_updates, has_aux=True)
-
-    def add_part(carried, part):
-        sums, non_trainable, total = carried
-        x, y, weight = keras.utils.unpack_x_y_sample_weight(part)
-        (_, (loss, scores, non_trainable, _)), gradients = gradient_of(
-            trainable, non_trainable, metrics, x, y, weight, training=True, optimizer_variables=optimizer
-        )
-        return (jax.tree.map(jax.numpy.add, sums, gradients), non_trainable, total + loss), scores
-
-    start = (jax.tree.map(jax.numpy.zeros_like, trainable), non_trainable, 0.0)
-    divided = _divide((x, y) if weight is None else (x, y, weight), model.parts)
-    (sums, non_trainable, total), scores = jax.lax.scan(add_part, start, divided)
-    gradients = jax.tree.map(lambda total: total / model.parts, sums)
-    trainable, optimizer = model.optimizer.stateless_apply(optimizer, gradients, trainable)
-    scores = jax.tree.map(lambda s: s.reshape(-1, *s.shape[2:]), scores)
-    logs, metrics = model._update_metrics_variables(metrics, total / model.parts, x, y, scores, weight)
-    return logs, (trainable, non_trainable, optimizer, metrics)
+    (loss, rest), gradients = jax.value_and_grad(function, has_aux=True)(weights)
+    return loss, rest, gradients
 
 
-_STEPS = {"tensorflow": _tensorflow_step, "jax": _jax_step}
+def _torch_differentiated(function, weights):
+    import torch
+
+    leaves = [weight if weight.requires_grad else weight.detach().requires_grad_() for weight in weights]
+    with torch.enable_grad():
+        loss, rest = function(leaves)
+        gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+    gradients = [torch.zeros_like(leaf) if gradient is None else gradient for leaf, gradient in zip(leaves, gradients)]
+    loss, *rest = tree.map_structure(lambda t: t.detach(), (loss, *rest))
+    return loss, tuple(rest), gradients
+
+
+def _tensorflow_loop(function, zeros, state, cut, parts):
+    import tensorflow as tf
+
+    def body(i, summed, state, kept):
+        more, state, scores = function(state, tree.map_structure(lambda t: tf.gather(t, i), cut))
+        return i + 1, tree.map_structure(tf.add, summed, more), state, kept.write(i, scores)
+
+    kept = tf.TensorArray(tf.float32, parts)
+    again = dict(parallel_iterations=1, maximum_iterations=parts)
+    _, summed, state, kept = tf.while_loop(lambda i, *_: i < parts, body, (0, zeros, state, kept), **again)
+    return summed, state, kept.stack()
+
+
+def _jax_loop(function, zeros, state, cut, parts):
+    import jax
+
+    def body(carried, part):
+        summed, state = carried
+        more, state, kept = function(state, part)
+        return (jax.tree.map(jax.numpy.add, summed, more), state), kept
+
+    (summed, state), kept = jax.lax.scan(body, (zeros, state), cut)
+    return summed, state, kept
+
+
+def _torch_loop(function, zeros, state, cut, parts):
+    kept = []
+    for i in range(parts):
+        more, state, scores = function(state, tree.map_structure(lambda x, i=i: x[i], cut))
+        zeros = tree.map_structure(lambda a, b: a + b, zeros, more)
+        kept.append(scores)
+    return zeros, state, ops.stack(kept)
+
+
+_DIFFERENTIATED = {"tensorflow": _tensorflow_differentiated, "jax": _jax_differentiated, "torch": _torch_differentiated}
+_LOOPS = {"tensorflow": _tensorflow_loop, "jax": _jax_loop, "torch": _torch_loop}

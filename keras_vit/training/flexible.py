@@ -7,10 +7,11 @@ import numpy as np
 from keras import ops
 
 from keras_vit.errors import ArgumentError
+from keras_vit.training.step import Learner
 
 
-class Flexible(keras.Model):
-    """A functional model whose `fit` trains through one of several models of the same layers, drawn anew for each step.
+class Flexible(Learner):
+    """A `Learner` whose `fit` trains through one of several models of the same layers, drawn anew for each step.
 
     Evaluation and prediction do not draw. A step computes the gradient inside the one that is drawn, so that it takes the memory
     of one, the largest, and all shapes are known beforehand. The draws are a function of the seed and of how many there were.
@@ -20,6 +21,7 @@ class Flexible(keras.Model):
         others: functional models of its layers, at other patch sizes for example.
         probabilities: of each of the others; their sum is 1.
         seed: whole number.
+        **kwargs: of `Learner`.
     """
 
     def __init__(self, inputs, outputs, others, probabilities, seed, **kwargs):
@@ -47,61 +49,15 @@ class Flexible(keras.Model):
             return super().call(inputs, training=training, mask=mask)
         return self.others[self.drawn](inputs, training=training)
 
-    def train_step(self, *args):
-        if keras.config.backend() == "torch":
-            return self.through(int(self.draw()), super().train_step, *args)
-        return _STEPS[keras.config.backend()](self, *args)
+    def gradient(self, weights, others, data, *args, **kwargs):
+        with keras.StatelessScope(state_mapping=zip(self.non_trainable_variables, others)) as scope:
+            drawn = self.draw()
+            others = [scope.get_current_value(variable) for variable in self.non_trainable_variables]
+        gradient = functools.partial(super().gradient, weights, others, data, *args, **kwargs)
+        return ops.switch(drawn, [functools.partial(self.through, i, gradient) for i in range(len(self.others))])
 
 
-def _branches(model, function):
-    return [functools.partial(model.through, i, function) for i in range(len(model.others))]
-
-
-def _tensorflow_step(model, data):
-    import tensorflow as tf
-
-    x, y, weight = keras.utils.unpack_x_y_sample_weight(data)
-    variables = model.trainable_weights
-
-    def gradient():
-        with tf.GradientTape() as tape:
-            scores = model(x, training=True)
-            loss = model.compute_loss(x, y, scores, weight, training=True)
-            scaled = model.optimizer.scale_loss(loss)
-        gradients = tape.gradient(scaled, variables, unconnected_gradients=tf.UnconnectedGradients.ZERO)
-        return loss, scores, gradients
-
-    loss, scores, gradients = tf.switch_case(model.draw(), _branches(model, gradient))
-    whole = loss * tf.distribute.get_strategy().num_replicas_in_sync  # of which a replica's loss is a part
-    model._loss_tracker.update_state(whole, sample_weight=tf.shape(y)[0])
-    model.optimizer.apply_gradients(zip(gradients, variables))
-    return model.compute_metrics(x, y, scores, weight)
-
-
-def _jax_step(model, state, data):
-    import jax
-
-    trainable, non_trainable, optimizer, metrics = state
-    x, y, weight = keras.utils.unpack_x_y_sample_weight(data)
-    with keras.StatelessScope(state_mapping=zip(model.non_trainable_variables, non_trainable)) as scope:
-        drawn = model.draw()
-        non_trainable = [scope.get_current_value(variable) for variable in model.non_trainable_variables]
-
-    def gradient(trainable, non_trainable, metrics):
-        gradient_of = jax.value_and_grad(model.compute_loss_and_updates, has_aux=True)
-        return gradient_of(trainable, non_trainable, metrics, x, y, weight, training=True, optimizer_variables=optimizer)
-
-    computed = jax.lax.switch(drawn, _branches(model, gradient), trainable, non_trainable, metrics)
-    (_, (loss, scores, non_trainable, metrics)), gradients = computed
-    trainable, optimizer = model.optimizer.stateless_apply(optimizer, gradients, trainable)
-    logs, metrics = model._update_metrics_variables(metrics, loss, x, y, scores, weight)
-    return logs, (trainable, non_trainable, optimizer, metrics)
-
-
-_STEPS = {"tensorflow": _tensorflow_step, "jax": _jax_step}
-
-
-def learner(model, patch_sizes, probabilities=None, seed=0):
+def learner(model, patch_sizes, probabilities=None, seed=0, **kwargs):
     """What is compiled and fitted to train a FlexiViT's own weights at many patch sizes, of which each step draws one.
 
     Evaluation and prediction are at the model's own patch size, and what is trained is `model`, which is to be saved. The first
@@ -116,6 +72,7 @@ def learner(model, patch_sizes, probabilities=None, seed=0):
         patch_sizes: sides of patches in pixels, or (height, width).
         probabilities: a weight for each patch size, relative to the others; None for all alike.
         seed: whole number; the same seed draws the same patch sizes, on the same backend and with the same `jit_compile`.
+        **kwargs: of `step.Learner`: parts, clip_norm, ...
 
     Raises:
         ArgumentError: the model is no FlexiViT, its images have no such patch, or the probabilities are none.
@@ -131,4 +88,4 @@ def learner(model, patch_sizes, probabilities=None, seed=0):
     if not patches:
         raise ArgumentError(f"flexible.learner: expected a model built by FlexiViT, got {model!r}; pass the model itself.")
     others = [patches[0].at(model, size) for size in sizes]
-    return Flexible(model.input, model.output, others, weights / weights.sum(), seed, name=model.name)
+    return Flexible(model.input, model.output, others, weights / weights.sum(), seed, name=model.name, **kwargs)

@@ -1,0 +1,151 @@
+"""The training cases of `benchmarks.parity`: learning rates, losses, gradients and weights after so many steps."""
+
+import pathlib
+import re
+import tempfile
+
+import keras
+import numpy as np
+
+import keras_vit
+from keras_vit.checkpoints import load
+from keras_vit.training.losses import SigmoidCrossEntropy
+from keras_vit.training.optimizers import Adafactor, MomentumSGD
+from keras_vit.training.schedules import WarmupDecay
+from keras_vit.training.step import Learner
+from keras_vit.training.twopass import GSAM
+
+
+@keras.saving.register_keras_serializable("benchmarks")
+class Listed(keras.optimizers.schedules.LearningRateSchedule):
+    """The learning rate of each step from a list."""
+
+    def __init__(self, rates):
+        self.rates = list(rates)
+
+    def __call__(self, step):
+        return keras.ops.take(keras.ops.convert_to_tensor(self.rates, "float32"), step)
+
+    def get_config(self):
+        return {"rates": self.rates}
+
+
+LOSSES = {"softmax_xent": keras.losses.CategoricalCrossentropy(from_logits=True), "sigmoid_xent": SigmoidCrossEntropy()}
+
+
+def written(model, values=None):
+    """{original name: array} of a model's weights, or of `values` in place of its trainable ones."""
+    kept = [load.to_numpy(variable).copy() for variable in model.trainable_variables]
+    for variable, value in zip(model.trainable_variables, values or kept):
+        variable.assign(value)
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder, "now.npz")
+        keras_vit.save_npz(model, path)
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+    for variable, value in zip(model.trainable_variables, kept):
+        variable.assign(value)
+    return arrays
+
+
+def follow(case, model, optimizer, loss, **options):
+    """Trains a loaded model on the case's batches, one step after the other, and compares what the case has of it.
+
+    Compared are `loss` and `grad_norm` of every step, `params_after_N/*`, `params_final/*`, and `grad_stepN/*` where the
+    optimizer is a `MomentumSGD` without momentum, whose traces are the gradients.
+
+    Args:
+        loss: of Keras.
+        options: of `Learner`.
+
+    Returns:
+        The final outputs, that must have been compared.
+    """
+    data, tolerance = case.inputs, case.meta["tolerance"]
+    learner = Learner(model.inputs, model.outputs[0], **options)
+    # Compiled as the original is: a stored bfloat16 that is rounded the other way moves a weight by 1e-5.
+    jit = keras.config.backend() != "torch"
+    learner.compile(optimizer, loss, jit_compile=jit)
+    report = {"loss": [], "grad_norm": []}
+    steps = len(data["images"])
+    places = {f"params_after_{step}": step for step in range(1, steps + 1)} | {"params_final": steps}
+    for step, (images, labels) in enumerate(zip(data["images"], data["labels"])):
+        logs = learner.fit(images, labels, batch_size=len(images), verbose=0, shuffle=False).history
+        report["loss"] += logs["step_loss"]
+        report["grad_norm"] += logs["grad_norm"]
+        now = written(model)
+        groups = {name: now for name, place in places.items() if place == step + 1}
+        if any(key.startswith(f"grad_step{step}/") for key in case.expected):
+            traces = [load.to_numpy(v) for v in optimizer.variables if v.path.endswith("_trace")]
+            groups[f"grad_step{step}"] = written(model, traces)
+        for group, arrays in groups.items():
+            for name, array in arrays.items():
+                if f"{group}/{name}" in case.expected and not case.skipped(f"{group}/{name}"):
+                    case.compare(f"{group}/{name}", array, tolerance)
+    case.compare("loss", report["loss"], tolerance)
+    if "grad_norm" in case.expected:
+        case.compare("grad_norm", report["grad_norm"], after_training(case, "grad_norm"))
+    return [key for key in case.expected if re.match(r"loss$|grad_|params_", key)]
+
+
+def after_training(case, key):
+    """The tolerance that README gives gradients, for what follows from weights that are themselves within theirs."""
+    return case.meta["tolerance"] + 1e-4 * np.abs(case.expected[key]).max()
+
+
+def warmup_decay(item):
+    return WarmupDecay(*(item[key] for key in ("total_steps", "base_lr", "decay_type", "warmup_steps", "linear_end")))
+
+
+def _rates(schedule, count):
+    return [float(schedule(step)) for step in range(count)]
+
+
+def run_train(case, build):
+    """Family `train`; `build` makes the model of a configuration."""
+    meta = case.meta
+    if "items" in meta:
+        for item in meta["items"]:
+            case.compare(item["name"], _rates(warmup_decay(item), len(case.expected[item["name"]])), 1e-8)
+        return list(case.expected)
+    model = build(meta["config"], case.inputs["images"].shape[1:])
+    keras_vit.load_weights(model, case.folder / "checkpoint.npz")
+    schedule = warmup_decay(meta["schedule"])
+    for key in ("lr", "lr_fn_0_to_total"):
+        case.compare(key, _rates(schedule, len(case.expected[key])), 1e-8)
+    optimizer = MomentumSGD(schedule, meta["momentum"], trace_dtype=meta["accumulator_dtype"])
+    outputs = follow(case, model, optimizer, LOSSES["softmax_xent"], parts=meta["accum_steps"], clip_norm=meta["grad_norm_clip"])
+    if "logits_final_batch0" in case.expected:
+        logits = keras.Model(model.inputs, model.get_layer("head").output).predict_on_batch(case.inputs["images"][0])
+        case.compare("logits_final_batch0", logits, after_training(case, "logits_final_batch0"))
+    return [*outputs, *(key for key in case.expected if key.startswith(("lr", "logits")))]
+
+
+def run_sam_gsam(case, build):
+    """Family `sam_gsam`; `build` makes the model of a configuration."""
+    meta, images = case.meta, case.inputs["images"]
+    model = build(meta["config"], images.shape[1:])
+    keras_vit.load_weights(model, case.folder / "checkpoint.npz")
+    rates, two_pass = meta["lr_per_step"], GSAM(**meta["gsam"])
+    case.compare("rho", [two_pass.rho(rate) for rate in rates], 1e-6)
+    return follow(case, model, MomentumSGD(Listed(rates), momentum=0.0), LOSSES[meta["loss_name"]], two_pass=two_pass)
+
+
+def run_adafactor(case, build):
+    """Family `adafactor`; `build` makes the model of a configuration.
+
+    Where the first moment is kept in bfloat16, the last digits of a gradient decide which way a value near the middle of two
+    bfloat16 is rounded, so that one weight in a thousand may differ by that rounding: 1/256 of a moment near 1, times the rate.
+    """
+    meta, chain = case.meta, case.meta["optimizer"]
+    if chain["optax_name"] != "big_vision.scale_by_adafactor":
+        raise ValueError(f"optimizer {chain['optax_name']!r}")
+    model = build(meta["config"], case.inputs["images"].shape[1:])
+    keras_vit.load_weights(model, case.folder / "checkpoint.npz")
+    schedule = WarmupDecay(chain["total_steps"], chain["lr"], **chain["schedule"])
+    rates = _rates(schedule, len(case.expected["lr_schedule"]))
+    case.compare("lr_schedule", np.divide(rates, schedule.base), 1e-7)
+    optimizer = Adafactor(schedule, weight_decay=chain["wd"], decay_scale="schedule", **chain["optax"])
+    if optimizer.dtype_momentum == "bfloat16":
+        case.rules = {**case.rules, "levels": {"of": f"{chain['lr']}/256", "at_most_fraction": 1e-3}}
+    return follow(case, model, optimizer, LOSSES[meta["loss_name"]], clip_norm=chain["grad_clip_norm"])
