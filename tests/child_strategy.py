@@ -1,0 +1,168 @@
+"""Runs of the main job in a process of its own, as test_strategy.py describes them in JSON.
+
+python child_strategy.py SPECIFICATION, a JSON object of
+
+    out        file for what it found: {"exits": [...], "refused": [...], ...}
+    devices    virtual CPU devices of this process
+    runs       list of objects: workdir, options; and where they are given
+                   stop     [step, signal number]: this process sends itself a signal after that step
+                   places   how many of the devices data_parallel takes
+                   stand_in true: MirroredStrategy takes the road of TPUStrategy
+    refused    arguments of `open_strategy`, for which its messages are noted
+    extra      name of a function below whose result is noted too
+"""
+
+import functools
+import json
+import os
+import pathlib
+import sys
+
+SMALL = dict(weights=None, input_shape=(8, 8, 3), patch_size=4, width=16, depth=1, heads=2, mlp=16, classes=4)
+
+
+def main():
+    specification = json.loads(sys.argv[1])
+    devices = specification.get("devices", 1)
+    if os.environ.get("KERAS_BACKEND") == "jax":
+        os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    else:
+        import tensorflow as tf
+
+        cpu = tf.config.list_physical_devices("CPU")[0]
+        tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * devices)
+    from keras_vit.training import strategy
+
+    real = strategy.open_strategy
+    open_strategy = functools.cache(lambda name: real(name))  # a process can have one of each that has collectives
+    closing = []
+    strategy.Mesh.close, close = lambda self: closing.append(self), strategy.Mesh.close  # after the last run
+    found = {"exits": [], "places": []}
+    for run in specification["runs"]:
+        strategy.open_strategy = functools.partial(opened, real, open_strategy, run, found["places"])
+        found["exits"].append(trained(run["workdir"], run["options"], run.get("stop")))
+    found["refused"] = [refusal(real, arguments) for arguments in specification.get("refused", ())]
+    if "extra" in specification:
+        found["extra"] = globals()[specification["extra"]](open_strategy)
+    pathlib.Path(specification["out"]).write_text(json.dumps(found))
+    if closing:
+        close(closing[-1])
+    return found["exits"][-1]
+
+
+def opened(real, open_strategy, run, places, name, model_axis=None):
+    import keras
+
+    from keras_vit.training import step, strategy
+
+    if run.get("places"):
+        devices = keras.distribution.list_devices()[: run["places"]]
+        distribution = keras.distribution.DataParallel(devices=devices, auto_shard_dataset=False)
+        place = strategy.Mesh(distribution, name)
+    elif keras.config.backend() == "jax":
+        place = real(name, model_axis=model_axis)
+    else:
+        place = open_strategy(name)
+    if run.get("stand_in"):
+        place = strategy._Tpu(place.strategy, "tpu")
+        step._beyond = lambda strategy: True
+    places.append([place.name, place.replicas, place.worker, place.workers])
+    return place
+
+
+def trained(workdir, options, stop):
+    from keras_vit import main
+    from keras_vit.training import callbacks
+
+    arguments = ["main", f"--workdir={workdir}", *options]
+    if stop is None:
+        main.train(*main.parse(arguments))
+        return 0
+    step, number = stop
+    after = callbacks.Progress.on_train_batch_end
+
+    def stopping(self, batch, logs=None):
+        after(self, batch, logs)
+        if self.step == step:
+            os.kill(os.getpid(), number)
+
+    callbacks.Progress.on_train_batch_end = stopping
+    try:
+        return main.main(arguments)
+    finally:
+        callbacks.Progress.on_train_batch_end = after
+
+
+def refusal(open_strategy, arguments):
+    from keras_vit.errors import ArgumentError
+
+    try:
+        open_strategy(**arguments)
+    except ArgumentError as error:
+        return str(error)
+    return None
+
+
+def masks(open_strategy):
+    """Gradient norms with dropout, of a batch on one device and of one where each of two replicas has the same examples."""
+    import keras
+    import numpy as np
+    import tensorflow as tf
+
+    import keras_vit
+    from keras_vit.training import step
+    from keras_vit.training.optimizers import MomentumSGD
+
+    random = np.random.default_rng(0)
+    x, y = random.standard_normal((4, 8, 8, 3)).astype("float32"), np.eye(4, dtype="float32")
+    found = []
+    for name, copies in (("one_device", 1), ("mirrored", 2)):
+        place = open_strategy(name)
+        keras.utils.set_random_seed(0)
+        with place.scope():
+            model = keras_vit.ViT(**SMALL, classifier_activation=None, dropout_rate=0.5)
+            model.get_layer("head").kernel.assign(np.random.default_rng(1).standard_normal((16, 4)) / 4)
+            learner = step.Learner(model.inputs, model.outputs)
+            learner.compile(MomentumSGD(0.0), keras.losses.CategoricalCrossentropy(from_logits=True))
+        data = tf.data.Dataset.from_tensors((np.concatenate([x] * copies), np.concatenate([y] * copies)))
+        found.append(learner.fit(data, epochs=2, verbose=0).history["grad_norm"])
+    local = place.strategy.experimental_local_results
+    seeds = [[each.numpy().tolist() for each in local(v.value)] for v in learner.non_trainable_variables]
+    return {"norms": found, "seeds": seeds}
+
+
+def reset(open_strategy):
+    """The distribution of Keras before and after "one_device" is opened."""
+    import keras
+
+    found = [keras.distribution.distribution() is None]
+    return [*found, open_strategy("one_device").name, keras.distribution.distribution() is None]
+
+
+def bare(open_strategy):
+    """What Keras's own `fit` says of a model here that was made in a strategy's scope, and of one that was made outside of it."""
+    import numpy as np
+
+    import keras_vit
+    from keras_vit.errors import ArgumentError
+
+    place = open_strategy("multi_worker")
+    found = []
+    outside = keras_vit.ViT(**SMALL)
+    outside.compile("sgd", "categorical_crossentropy")
+    with place.scope():
+        inside = keras_vit.ViT(**SMALL)
+        for call in (
+            lambda: inside.compile("sgd", "categorical_crossentropy"),
+            lambda: inside.fit(np.zeros((4, 8, 8, 3)), np.eye(4)),
+            lambda: outside.fit(np.zeros((4, 8, 8, 3)), np.eye(4)),
+        ):
+            try:
+                call()
+            except ArgumentError as error:
+                found.append(str(error))
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
