@@ -48,7 +48,7 @@ def written(model, values=None):
     return arrays
 
 
-def follow(case, model, optimizer, loss, **options):
+def follow(case, model, optimizer, loss, jit=True, **options):
     """Trains a loaded model on the case's batches, one step after the other, and compares what the case has of it.
 
     Compared are `loss` and `grad_norm` of every step, `params_after_N/*`, `params_final/*`, and `grad_stepN/*` where the
@@ -56,6 +56,8 @@ def follow(case, model, optimizer, loss, **options):
 
     Args:
         loss: of Keras.
+        jit: whether XLA compiles the step, as in the original: in the cases of `train` a stored bfloat16 that is rounded the
+            other way moves a weight by 1e-5.
         options: of `Learner`.
 
     Returns:
@@ -63,9 +65,7 @@ def follow(case, model, optimizer, loss, **options):
     """
     data, tolerance = case.inputs, case.meta["tolerance"]
     learner = Learner(model.inputs, model.outputs[0], **options)
-    # Compiled as the original is: a stored bfloat16 that is rounded the other way moves a weight by 1e-5.
-    jit = keras.config.backend() != "torch"
-    learner.compile(optimizer, loss, jit_compile=jit)
+    learner.compile(optimizer, loss, jit_compile=jit and keras.config.backend() != "torch")
     report = {"loss": [], "grad_norm": []}
     steps = len(data["images"])
     places = {f"params_after_{step}": step for step in range(1, steps + 1)} | {"params_final": steps}
@@ -135,7 +135,8 @@ def run_adafactor(case, build):
     """Family `adafactor`; `build` makes the model of a configuration.
 
     Where the first moment is kept in bfloat16, the last digits of a gradient decide which way a value near the middle of two
-    bfloat16 is rounded, so that one weight in a thousand may differ by that rounding: 1/256 of a moment near 1, times the rate.
+    bfloat16 is rounded. XLA's order of sums rounds one weight of 24,000 the other way than the original did, which puts it
+    2.12e-5 off; computed operation by operation all are within the tolerance.
     """
     meta, chain = case.meta, case.meta["optimizer"]
     if chain["optax_name"] != "big_vision.scale_by_adafactor":
@@ -146,6 +147,5 @@ def run_adafactor(case, build):
     rates = _rates(schedule, len(case.expected["lr_schedule"]))
     case.compare("lr_schedule", np.divide(rates, schedule.base), 1e-7)
     optimizer = Adafactor(schedule, weight_decay=chain["wd"], decay_scale="schedule", **chain["optax"])
-    if optimizer.dtype_momentum == "bfloat16":
-        case.rules = {**case.rules, "levels": {"of": f"{chain['lr']}/256", "at_most_fraction": 1e-3}}
-    return follow(case, model, optimizer, LOSSES[meta["loss_name"]], clip_norm=chain["grad_clip_norm"])
+    jit = optimizer.dtype_momentum != "bfloat16"
+    return follow(case, model, optimizer, LOSSES[meta["loss_name"]], jit, clip_norm=chain["grad_clip_norm"])

@@ -16,8 +16,6 @@ import numpy as np
 import pytest
 
 import keras_vit
-from keras_vit.errors import ArgumentError
-from keras_vit.training import strategy
 
 CHILD = pathlib.Path(__file__).with_name("child_strategy.py")
 # No accelerator, and on JAX without the optimizations of which each compilation takes long

@@ -9,17 +9,10 @@ from keras import ops, tree
 from keras_vit import zoo
 from keras_vit.errors import ArgumentError
 from keras_vit.training.accumulate import accumulated, differentiated
+from keras_vit.training.optimizers import BROKEN_OPTIONS
 from keras_vit.training.twopass import global_norm
 
 _APART = 0x9E3779B1  # what the seeds of two replicas differ by
-# Options of Keras that fail, or silently compute something else, under a strategy, and what to use
-_BROKEN = {
-    "clipnorm": "Learner(clip_norm=...), which clips the global norm after the all-reduce",
-    "global_clipnorm": "Learner(clip_norm=...), which clips after the all-reduce, where Keras clips each replica's share",
-    "clipvalue": "Learner(clip_norm=...), which clips the global norm after the all-reduce",
-    "gradient_accumulation_steps": "Learner(parts=...), which accumulates inside the step",
-    "ema_overwrite_frequency": "use_ema=True alone, and keras.callbacks.SwapEMAWeights for evaluation",
-}
 
 
 class Learner(keras.Model):
@@ -74,7 +67,7 @@ class Learner(keras.Model):
             zoo.check_strategy(self, own_loop=True)
         if keras.config.backend() == "tensorflow" and self.distribute_strategy.num_replicas_in_sync > 1:
             inner = getattr(optimizer, "inner_optimizer", optimizer)
-            for option, ours in _BROKEN.items():
+            for option, ours in BROKEN_OPTIONS.items():
                 if getattr(inner, option, None):
                     raise ArgumentError(f"Learner: {option} of {inner.name!r} is wrong under tf.distribute; use {ours}.")
             if kwargs.get("steps_per_execution", 1) > 1:
