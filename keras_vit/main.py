@@ -21,10 +21,12 @@ On SIGTERM (a preempted machine) or Ctrl-C it saves the state and exits with 143
 import contextlib
 import dataclasses
 import difflib
+import json
 import os
 import re
 import shlex
 import sys
+import zlib
 from pathlib import Path
 
 import keras
@@ -330,6 +332,12 @@ def train(config, workdir):
     profile = callbacks.profile_steps(config.profile, config.total_steps)
     keras.utils.set_random_seed(config.seed)
     training, test = _sources(config)
+    about = state.described(config, data=training.fingerprint())
+    with place.guarded(workdir):
+        if not place.same(zlib.crc32(json.dumps(about, sort_keys=True).encode()) >> 1):
+            raise errors.ConfigError(
+                "the workers have different configurations, data or versions; start all with the same command and installation."
+            )
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(config.precision)
     try:
@@ -347,7 +355,6 @@ def train(config, workdir):
         checkpoints = place.checkpoints(workdir / "checkpoints", config.keep_checkpoints, config.on_save_error)
         if place.workers == 1:  # otherwise it might wait for a worker that is lost
             stack.enter_context(_settled(checkpoints))
-        about = state.described(config, data=training.fingerprint())
         start = _resume(checkpoints, place, learner, about, config, training)
         journal = stack.enter_context(callbacks.Journal(workdir, start)) if place.chief else callbacks.Silent()
         metrics = stack.enter_context(Metrics(workdir / "metrics.jsonl", start)) if place.chief else None
@@ -401,10 +408,12 @@ def _written(workdir):
         yield
     except errors.KerasViTError:
         raise
-    except OSError as error:
+    except (OSError, tf.errors.ResourceExhaustedError) as error:
+        if isinstance(error, tf.errors.OpError) and "No space left" not in error.message:  # but in memory
+            raise
         raise errors.CacheError(
-            f"{workdir}: a file could not be written: {error}. Checkpoints are as they were. Make room or mend its rights; the "
-            "same command goes on from the newest."
+            f"{workdir}: a file could not be read or written: {error}. Checkpoints are as they were. Make room or mend rights; "
+            "the same command goes on from the newest."
         ) from error
 
 

@@ -41,9 +41,9 @@ def main():
     for run in specification["runs"]:
         strategy.open_strategy = functools.partial(opened, real, open_strategy, run, found["places"])
         found["exits"].append(trained(run["workdir"], run["options"], run.get("stop")))
-    found["refused"] = [refusal(real, arguments) for arguments in specification.get("refused", ())]
     if "extra" in specification:
         found["extra"] = globals()[specification["extra"]](open_strategy)
+    found["refused"] = [refusal(real, arguments) for arguments in specification.get("refused", ())]
     pathlib.Path(specification["out"]).write_text(json.dumps(found))
     if closing:
         close(closing[-1])
@@ -101,6 +101,42 @@ def refusal(open_strategy, arguments):
     except ArgumentError as error:
         return str(error)
     return None
+
+
+def replicas(open_strategy):
+    return {**masks(open_strategy), **moved(open_strategy)}
+
+
+def moved(open_strategy):
+    """Losses of Keras's own `fit` of a model that is made on one device, and compiled and fitted in another strategy's scope."""
+    import keras
+    import numpy as np
+
+    import keras_vit
+    from keras_vit.training.optimizers import MomentumSGD
+
+    random = np.random.default_rng(0)
+    x, y = random.standard_normal((8, 8, 8, 3)).astype("float32"), np.eye(4, dtype="float32")[np.arange(8) % 4]
+    losses = []
+    for name in ("one_device", "mirrored"):
+        keras.utils.set_random_seed(0)
+        model = keras_vit.ViT(**SMALL)
+        place = open_strategy(name)
+        with place.scope():
+            model.compile(MomentumSGD(0.1), "categorical_crossentropy")
+        losses.append(model.fit(x, y, batch_size=8, epochs=3, shuffle=False, verbose=0).history["loss"])
+    own = [len(place.strategy.experimental_local_results(weight.value)) for weight in model.weights]
+    return {"moved": losses, "copies": own, "difference": float(np.max(np.abs(reloaded(model)(x) - model.predict(x, verbose=0))))}
+
+
+def reloaded(model):
+    import tempfile
+
+    import keras
+
+    with tempfile.TemporaryDirectory() as folder:
+        model.save(f"{folder}/model.keras")
+        return keras.saving.load_model(f"{folder}/model.keras")
 
 
 def masks(open_strategy):

@@ -383,6 +383,8 @@ def _device_loop(model):
     @tf.function(autograph=False)  # which would rewrite all of Keras: 10 s
     def several(iterator):
         logs = once(iterator)
+        if model.steps_on_device == 1:
+            return logs
 
         def body(i, logs):
             new = once(iterator)

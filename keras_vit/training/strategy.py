@@ -10,6 +10,7 @@ learner.fit(place.batches(lambda worker, workers: pipeline.train_batches(..., sh
 import contextlib
 import json
 import os
+import re
 
 import keras
 import numpy as np
@@ -65,6 +66,10 @@ class Place:
     def agree(self, flag):
         """True on every worker as soon as it is on one; all workers call it together."""
         return bool(flag)
+
+    def same(self, number):
+        """Whether a whole number below 2**31 is the same on all workers; all call it together."""
+        return True
 
     def checkpoints(self, folder, keep, on_error):
         """The `state.Checkpoints` of a run at this place."""
@@ -147,9 +152,11 @@ class _Mirrored(Place):
     def scope(self):
         return self.strategy.scope()
 
-    def _own_batches(self, make, batch):
-        """Each host reads its own slice, cut into those of its replicas, whose size is the same in every step."""
 
+class _Hosts(_Mirrored):
+    """Each host reads its own slice, cut into those of its replicas, which have one size in all steps."""
+
+    def batches(self, make, batch):
         def local(context):
             data = make(context.input_pipeline_id, context.num_input_pipelines)
             return data.unbatch().batch(batch // self.replicas, drop_remainder=True).prefetch(2)
@@ -157,16 +164,12 @@ class _Mirrored(Place):
         return self.strategy.distribute_datasets_from_function(local)
 
 
-class _Tpu(_Mirrored):
-    batches = _Mirrored._own_batches
-
+class _Tpu(_Hosts):
     def _on_tpu(self):
         return True
 
 
-class _MultiWorker(_Mirrored):
-    batches = _Mirrored._own_batches
-
+class _MultiWorker(_Hosts):
     def __init__(self, strategy):
         import tensorflow as tf
 
@@ -174,19 +177,24 @@ class _MultiWorker(_Mirrored):
         resolver = strategy.cluster_resolver
         self.worker, self.workers = resolver.task_id, resolver.cluster_spec().num_tasks("worker")
 
-        def on_replica(flag):
-            return tf.distribute.get_replica_context().all_reduce("SUM", tf.identity(flag))
+        def on_replica(number):
+            return tf.distribute.get_replica_context().all_reduce("SUM", tf.identity(number))
 
-        @tf.function(autograph=False)
-        def total(flag):
-            return strategy.experimental_local_results(strategy.run(on_replica, args=(flag,)))[0]
+        @tf.function(input_signature=[tf.TensorSpec((), tf.float64)], autograph=False)
+        def on_all(number):
+            return strategy.experimental_local_results(strategy.run(on_replica, args=(number,)))[0]
 
-        self._total = total
+        self._on_all = on_all
 
     def agree(self, flag):
-        import tensorflow as tf
+        return self._total(bool(flag)) > 0
 
-        return self._total(tf.constant(float(bool(flag)))).numpy() > 0
+    def same(self, number):
+        return not self.agree(self._total(number) != number * self.workers)
+
+    def _total(self, number):
+        """The sum over all workers."""
+        return float(self._on_all(float(number))) / (self.replicas // self.workers)
 
     def latest(self, checkpoints, learner):
         found = fault = None
@@ -197,7 +205,14 @@ class _MultiWorker(_Mirrored):
                 fault = error
         if self.agree(fault):
             raise fault or errors.ResumeError(f"{checkpoints.folder}: the first worker cannot use it; see its error.")
-        return found if self.chief else checkpoints.latest()
+        if not self.chief:
+            found = checkpoints.latest()
+        if not self.same(found[0] if found else 0):
+            raise errors.ResumeError(
+                f"{checkpoints.folder}: the workers found checkpoints of different steps there; give all the same --workdir, "
+                "which all of them see."
+            )
+        return found
 
     @contextlib.contextmanager
     def guarded(self, workdir):
@@ -206,7 +221,7 @@ class _MultiWorker(_Mirrored):
         try:
             yield
         except (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError) as error:
-            raise _lost(workdir, error) from error
+            _raise_lost(workdir, error)
 
 
 class Mesh(Place):
@@ -274,6 +289,13 @@ class Mesh(Place):
 
         return bool(np.any(multihost_utils.process_allgather(np.array(bool(flag)))))
 
+    def same(self, number):
+        if self.workers == 1:
+            return True
+        from jax.experimental import multihost_utils
+
+        return bool(np.all(multihost_utils.process_allgather(np.int32(number)) == number))
+
     def readable(self, variables):
         if self.workers == 1:
             return super().readable(variables)
@@ -288,10 +310,10 @@ class Mesh(Place):
 
         try:
             yield
-        except jax.errors.JaxRuntimeError as error:
-            if self.workers == 1:
+        except (jax.errors.JaxRuntimeError, ValueError) as error:  # the latter where JAX was still dispatching
+            if self.workers == 1 or isinstance(error, errors.KerasViTError):
                 raise
-            raise _lost(workdir, error) from error
+            _raise_lost(workdir, error)
 
     def close(self):
         import jax
@@ -304,10 +326,14 @@ class Mesh(Place):
         return self._platform == "tpu"
 
 
-def _lost(workdir, error):
-    lines = str(error).splitlines()  # TensorFlow's begin with a heading
-    reason = next((line for line in lines if "abort" in line or "losed" in line), lines[0]).strip()
-    return errors.TrainingError(f"another worker was lost ({reason}); start all workers again: they go on from {workdir}.")
+def _raise_lost(workdir, error):
+    """Raises an error of a backend, as a `TrainingError` if it is what collectives say of a worker that no longer answers."""
+    reason = re.search("Collective ops is aborted by.*|.*(/job:worker|Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED).*", str(error))
+    if not reason:
+        raise error
+    raise errors.TrainingError(
+        f"another worker was lost ({reason[0].strip()}); start all workers again: they go on from {workdir}."
+    ) from error
 
 
 def open_strategy(name="auto", *, model_axis=None):
@@ -403,7 +429,7 @@ def _open_tpu(tf):
         resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu=os.environ.get("TPU_NAME", "local"))
         tf.config.experimental_connect_to_cluster(resolver)
         tf.tpu.experimental.initialize_tpu_system(resolver)
-    except (ValueError, tf.errors.OpError) as error:
+    except (ValueError, RuntimeError, ImportError, OSError, tf.errors.OpError) as error:
         raise ArgumentError(
             f"tpu: TensorFlow {tf.__version__} finds no TPU here ({str(error).splitlines()[0]}). Set TPU_NAME, install a "
             "TensorFlow built for TPUs, or use JAX there: KERAS_BACKEND=jax and strategy data_parallel."
