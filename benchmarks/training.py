@@ -3,7 +3,8 @@
     python -m benchmarks.training ViT_B16 [--image=224 --batch=8 --rounds=6 --save-every=100 --json=FILE]
 
 Float32, random weights, SGD with momentum, on the current Keras backend; each contender is one `train_on_batch`, all in turn,
-round after round, in one run. The ceiling is that of `benchmarks.throughput` for three times the forward pass.
+round after round, in one run. The ceiling is that of `benchmarks.throughput` for three times the forward pass. Ratios are medians
+over the rounds, of wall time and, steadier where others use the machine, of the process's CPU time.
 
     keras_vit            a `Learner` that clips and checks its numbers: what `keras_vit.main` runs
     keras_vit parts=2    the same over two batches in two parts, one update
@@ -75,46 +76,62 @@ def _keras_hub(ours):
 
 
 def saving(learner, update, rounds):
-    """Seconds that a background save adds to the steps beside it: one number for each round; and megabytes of state."""
-    added = []
+    """What a background save costs.
+
+    Returns:
+        (seconds that it adds to the steps beside it, one number for each round; CPU seconds of one with no step beside it,
+        likewise; megabytes of state).
+    """
+    added, alone = [], []
     with tempfile.TemporaryDirectory() as folder:
         checkpoints = state.Checkpoints(folder)
         for number in range(rounds):
+            begun = time.process_time()
+            checkpoints.save(2 * number + 1, state.capture(learner), {}, background=False)
+            alone.append(time.process_time() - begun)
             seconds = []
             for save in (False, True):
                 begun = time.perf_counter()
                 if save:
                     arrays = state.capture(learner)
-                    checkpoints.save(number + 1, arrays, {})
+                    checkpoints.save(2 * number + 2, arrays, {})
                 for _ in range(STEPS_BESIDE_A_SAVE):
                     update()
                 seconds.append(time.perf_counter() - begun)
                 checkpoints.wait()
             added.append(seconds[1] - seconds[0])
         size = sum(array.nbytes for array in arrays.values()) / 1e6
-    return added, size
+    return added, alone, size
+
+
+def _ratio(times, counts, one, peer):
+    """Of the images of `one` in a time to those of `peer`: the median over their calls side by side."""
+    return counts[one] / counts[peer] * statistics.median(p / o for p, o in zip(times[peer], times[one]))
 
 
 def report(name, image, batch, rounds, save_every):
     """Measures and returns the record that `main` prints and writes."""
     runs, counts, learner, model = contenders(name, image, batch)
-    seconds, _ = throughput.measure(runs | {"ceiling": throughput.matrix_products()}, rounds)
-    gflops = [2e-9 * throughput.PRODUCTS * throughput.SIDE**3 / s for s in seconds.pop("ceiling")]
-    rates = {label: counts[label] / statistics.median(times) for label, times in seconds.items()}
-    added, size = saving(learner, runs["keras_vit"], rounds)
-    ratios = {f"keras_vit / {peer}": rates["keras_vit"] / rates[peer] for peer in ("keras", "keras_hub") if peer in rates}
-    ratios["keras_vit parts=2 / keras"] = rates["keras_vit parts=2"] / rates["keras"]
     gflop = throughput.gflop_per_image(model)
+    ceiling = {"ceiling": throughput.matrix_products()} if gflop else {}
     if gflop:
-        rates["ceiling"] = statistics.median(gflops) / (3 * gflop)
-        ratios["keras_vit / ceiling"] = rates["keras_vit"] / rates["ceiling"]
+        counts |= {"ceiling": 2e-9 * throughput.PRODUCTS * throughput.SIDE**3 / (3 * gflop)}
+    seconds, cpu = throughput.measure(runs | ceiling, rounds)
+    rates = {label: counts[label] / statistics.median(times) for label, times in seconds.items()}
+    added, alone, size = saving(learner, runs["keras_vit"], rounds)
+    pairs = [("keras_vit", peer) for peer in ("ceiling", "keras_hub", "keras")] + [("keras_vit parts=2", "keras")]
+    ratios = {
+        f"{one} / {peer}": [_ratio(times, counts, one, peer) for times in (seconds, cpu)]
+        for one, peer in pairs
+        if peer in seconds
+    }
     step = batch / rates["keras_vit"]
-    save = {"seconds": statistics.median(added), "megabytes": size, "every": save_every, "all_seconds": added}
-    save["share_of_steps"] = save["seconds"] / (save_every * step)
+    save = {"seconds": statistics.median(added), "cpu_seconds": statistics.median(alone), "megabytes": size, "every": save_every}
+    save |= {"share_of_steps": save["seconds"] / (save_every * step), "all_seconds": added}
     return {
         "model": name, "input_shape": model.input_shape[1:], "batch": batch, "rounds": rounds, "backend": keras.config.backend(),
-        "images_per_second": rates, "seconds": seconds, "ratios": ratios, "save": save, "machine": throughput.machine(),
-        "versions": throughput.versions(),
+        "images_per_second": rates, "seconds": seconds, "cpu_seconds": cpu, "ratios": ratios, "save": save,
+        "machine": throughput.machine(), "versions": throughput.versions(),
     }  # fmt: skip
 
 
@@ -134,12 +151,12 @@ def main(arguments=None):
     print(f"{record['machine']['cpu']}, {record['machine']['cores']} cores; {record['rounds']} rounds")
     for label, rate in record["images_per_second"].items():
         print(f"{label:28} {rate:8.3f} images/s")
-    for label, ratio in record["ratios"].items():
-        print(f"{label:28} {ratio:8.3f}")
+    for label, (wall, cpu) in record["ratios"].items():
+        print(f"{label:28} {wall:8.3f}, of CPU time {cpu:.3f}")
     save = record["save"]
     print(
         f"a background save of {save['megabytes']:.0f} MB adds {save['seconds']:.2f} s to the steps beside it: "
-        f"{save['share_of_steps']:.2%} of the time of {save['every']} steps"
+        f"{save['share_of_steps']:.2%} of the time of {save['every']} steps; alone it takes {save['cpu_seconds']:.2f} CPU seconds"
     )
     if given.json:
         given.json.parent.mkdir(parents=True, exist_ok=True)

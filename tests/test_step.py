@@ -12,7 +12,7 @@ import pytest
 import keras_vit
 from keras_vit.checkpoints.load import to_numpy
 from keras_vit.errors import ArgumentError
-from keras_vit.training.optimizers import MomentumSGD
+from keras_vit.training.optimizers import LINEAR_PROBE, MomentumSGD
 from keras_vit.training.step import Learner
 from keras_vit.training.twopass import GSAM, SAM, global_norm
 
@@ -73,9 +73,27 @@ def test_clipping_limits_the_update_to_the_norm():
     assert moved == pytest.approx([0.1 * norm, 0.1 * 0.5], rel=1e-3)
 
 
+@pytest.mark.parametrize("two_pass", [None, GSAM(0.05, 0.05, lr_max=0.1)], ids=["one pass", "GSAM"])
+def test_frozen_weights_count_in_no_norm(two_pass):
+    options = dict(clip_norm=0.01, two_pass=two_pass)
+    ruled, fixed = learner(optimizer=MomentumSGD(0.1, rules=LINEAR_PROBE), **options), learner(**options)
+    for layer in fixed.layers:
+        layer.trainable = layer.name == "head"
+    fixed.compile(MomentumSGD(0.1), LOSS)
+    before, logs = weights(ruled), [steps(each, 2) for each in (ruled, fixed)]
+    for key in ("step_loss", "grad_norm"):
+        np.testing.assert_allclose(logs[0][key], logs[1][key], rtol=1e-6)
+    for i, (old, new) in enumerate(zip(before[:-2], weights(ruled))):
+        np.testing.assert_array_equal(old, new, err_msg=str(i))
+    for one, other in zip(weights(ruled)[-2:], weights(fixed)):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-6)
+    assert logs[0]["grad_norm"][0] > 0.01
+
+
+@pytest.mark.parametrize("jit", [False, pytest.param(True, marks=pytest.mark.skipif(BACKEND == "torch", reason="as without"))])
 @pytest.mark.parametrize("optimizer", [lambda: MomentumSGD(0.1), lambda: keras.optimizers.SGD(0.1)], ids=["ours", "of Keras"])
-def test_a_step_with_a_number_that_is_not_finite_changes_no_weight(optimizer):
-    trained = learner(optimizer=optimizer(), clip_norm=1.0)
+def test_a_step_with_a_number_that_is_not_finite_changes_no_weight(optimizer, jit):
+    trained = learner(optimizer=optimizer(), clip_norm=1.0, compiled={"jit_compile": jit})
     steps(trained, 1)
     before = weights(trained), [to_numpy(v).copy() for v in trained.optimizer.variables if v.path.endswith("_trace")]
     x, y = examples()

@@ -122,7 +122,8 @@ def compiled():
         learner = Learner(model.inputs, model.outputs, parts=2, clip_norm=1.0)
     finally:
         keras.config.set_dtype_policy(before)
-    learner.compile(MomentumSGD(0.1, trace_dtype="bfloat16"), keras.losses.CategoricalCrossentropy(from_logits=True))
+    loss = keras.losses.CategoricalCrossentropy(from_logits=True)
+    learner.compile(MomentumSGD(0.1, trace_dtype="bfloat16"), loss, jit_compile=True)
     data = pipeline.train_batches(pipeline.open_source("digits", "train"), size=8, batch=16, augment=False)
     learner.fit(data, steps_per_epoch=1, shuffle=False, verbose=0)
     return learner, tf.function(learner.train_step, jit_compile=True, autograph=False), next(iter(data))

@@ -19,9 +19,9 @@ class Learner(keras.Model):
     """A functional model whose `fit` makes one update from a batch: accumulate, reduce over replicas, clip, check, apply.
 
     A batch goes through the model in `parts`, one by one; the gradient is the mean over them and over all replicas, as in the
-    original's `accumulate_gradient`; only then is its global norm clipped. A step whose loss or gradient is not finite changes no
-    weight and none of the slots of this package's optimizers. (Other optimizers then see a gradient of zeros.) Layers are shared
-    with the model it is made from:
+    original's `accumulate_gradient`; only then is its global norm clipped. Weights that `rules` of the optimizer freeze count in
+    no norm. A step whose loss or gradient is not finite changes no weight and none of the slots of this package's optimizers.
+    (Other optimizers may then see a gradient of zeros.) Layers are shared with the model it is made from:
 
         learner = Learner(model.inputs, model.outputs, parts=8, clip_norm=1.0)
         learner.compile(MomentumSGD(schedule), loss)
@@ -66,7 +66,7 @@ class Learner(keras.Model):
         if keras.config.backend() == "tensorflow":
             zoo.check_strategy(self, own_loop=True)
         if keras.config.backend() == "tensorflow" and self.distribute_strategy.num_replicas_in_sync > 1:
-            inner = getattr(optimizer, "inner_optimizer", optimizer)
+            inner = _inner(optimizer)
             for option, ours in BROKEN_OPTIONS.items():
                 if getattr(inner, option, None):
                     raise ArgumentError(f"Learner: {option} of {inner.name!r} is wrong under tf.distribute; use {ours}.")
@@ -145,11 +145,18 @@ class Learner(keras.Model):
         Returns:
             (gradients, others, scores, report), where report has step_loss, grad_norm and healthy.
         """
-        (loss, gradients), others, scores = gradient(weights, True)
+        factors = getattr(_inner(self.optimizer), "factors", [1.0] * len(weights))
+
+        def taken(weights, own):
+            """Without the gradients of weights that the optimizer leaves as they are."""
+            (loss, gradients), others, scores = gradient(weights, own)
+            return loss, [g if factor else ops.zeros_like(g) for g, factor in zip(gradients, factors)], others, scores
+
+        loss, gradients, others, scores = taken(weights, True)
         norm = global_norm(gradients)
         if self.two_pass:
             moved = self.two_pass.perturbed(weights, gradients, norm, learning_rate)
-            (_, robust), _, _ = gradient(moved, False)
+            _, robust, _, _ = taken(moved, False)
             gradients = self.two_pass.combined(gradients, robust, norm)
             norm = global_norm(gradients)
         healthy = ops.isfinite(norm)
@@ -157,8 +164,8 @@ class Learner(keras.Model):
             healthy = ops.logical_or(healthy, scale > 1)
         healthy = ops.logical_and(healthy, ops.isfinite(loss))
         if self.clip_norm:
-            short = norm < self.clip_norm
-            gradients = [ops.where(short, g, g / ops.cast(norm, g.dtype) * self.clip_norm) for g in gradients]
+            divisor = ops.where(norm < self.clip_norm, 1.0, norm / self.clip_norm)
+            gradients = [g / ops.cast(divisor, g.dtype) for g in gradients]
         report = {"step_loss": loss, "grad_norm": norm, "healthy": ops.cast(healthy, "float32")}
         return gradients, others, scores, report, healthy
 
@@ -197,6 +204,11 @@ class Learner(keras.Model):
 
 def _rematted(layer):
     return getattr(layer, "_remat_mode", None) is not None
+
+
+def _inner(optimizer):
+    """What an optimizer that scales the loss applies."""
+    return getattr(optimizer, "inner_optimizer", optimizer)
 
 
 def _scaled(optimizer):
@@ -295,14 +307,22 @@ def _tensorflow_step(model, data):
         gradients = [g / replicas for g in gradients]
     if scale is not None:
         gradients = [g * tf.cast(scale, g.dtype) for g in gradients]
-    inner = getattr(optimizer, "inner_optimizer", optimizer)
-    if hasattr(inner, "guard"):
+    inner = _inner(optimizer)
+
+    def apply():
+        optimizer.apply(gradients, model.trainable_variables)
+        return healthy
+
+    if replicas == 1 and not model.jit_compile:  # where each selection would be a pass of its own through memory
+        tf.cond(healthy, apply, lambda: healthy)
+    elif hasattr(inner, "guard"):
         inner.guard = healthy
-    elif scale is None:
-        gradients = [tf.where(healthy, g, tf.zeros_like(g)) for g in gradients]
-    optimizer.apply(gradients, model.trainable_variables)
-    if hasattr(inner, "guard"):
+        apply()
         inner.guard = None
+    else:
+        if scale is None:
+            gradients = [tf.where(healthy, g, tf.zeros_like(g)) for g in gradients]
+        apply()
     whole = report["step_loss"]
     model._loss_tracker.update_state(whole, sample_weight=tf.shape(x)[0])  # as the train step of Keras does
     logs = model.compute_metrics(x, y, scores, weight)

@@ -7,6 +7,7 @@ how many devices there are; these do not.)
 
 import dataclasses
 
+import keras
 from keras import ops
 
 from keras_vit.errors import ArgumentError
@@ -92,4 +93,12 @@ def SAM(rho=0.05, adaptive_perturbation=False):
 
 def global_norm(tensors):
     """The square root of the sum of all squares, float32 ()."""
-    return ops.sqrt(sum(ops.sum(ops.square(ops.cast(t, "float32"))) for t in tensors))
+    return ops.sqrt(sum(_sum_of_squares(ops.cast(t, "float32")) for t in tensors))
+
+
+def _sum_of_squares(tensor):
+    if keras.config.backend() == "tensorflow":  # in one pass through memory
+        import tensorflow as tf
+
+        return 2 * tf.nn.l2_loss(tensor)
+    return ops.sum(ops.square(tensor))
