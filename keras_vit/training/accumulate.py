@@ -39,7 +39,8 @@ def accumulated(function, zeros, state, data, parts, devices=1):
 
     Args:
         function: (state, part of `data`) -> (summed, state, kept); a pure function; `kept` is float32 (b / parts, c).
-        zeros: structure of what is summed, all 0, as a function that makes it.
+        zeros: structure of what is summed, all 0, as a function that makes it. On TensorFlow without XLA they may be scalars,
+            which saves the memory of as many arrays, and a pass through it.
         state: list of tensors that goes from one part to the next.
         data: structure of (b, ...) tensors.
         parts: how many; with 1 it is `function(state, data)` itself.
@@ -92,14 +93,22 @@ def _torch_differentiated(function, weights):
 def _tensorflow_loop(function, zeros, state, cut, parts):
     import tensorflow as tf
 
+    shapes = []
+
     def body(i, summed, state, kept):
         more, state, scores = function(state, tree.map_structure(lambda t: tf.gather(t, i), cut))
+        shapes[:] = [tree.map_structure(lambda t: t.shape, more)]
         return i + 1, tree.map_structure(tf.add, summed, more), state, kept.write(i, scores)
 
+    def grows(zero):  # a scalar, to the shape of what is added
+        return tf.TensorShape(None) if zero.shape.rank == 0 else zero.shape
+
     kept = tf.TensorArray(tf.float32, parts)
-    again = dict(parallel_iterations=1, maximum_iterations=parts)
-    _, summed, state, kept = tf.while_loop(lambda i, *_: i < parts, body, (0, zeros, state, kept), **again)
-    return summed, state, kept.stack()
+    start = (tf.zeros((), tf.int32), zeros, state, kept)
+    shape = (tf.TensorShape(()), tree.map_structure(grows, zeros), [value.shape for value in state], None)
+    again = dict(shape_invariants=shape, parallel_iterations=1, maximum_iterations=parts)
+    _, summed, state, kept = tf.while_loop(lambda i, *_: i < parts, body, start, **again)
+    return tree.map_structure(tf.ensure_shape, summed, shapes[0]), state, kept.stack()
 
 
 def _jax_loop(function, zeros, state, cut, parts):

@@ -118,6 +118,8 @@ class Learner(keras.Model):
             ((loss, gradients), others, scores).
         """
 
+        one_by_one = _one_by_one(self)
+
         def part(others, data):
             def loss_at(given):
                 return self.loss_of(None if own else given, others, data, scale)
@@ -128,7 +130,7 @@ class Learner(keras.Model):
             return (loss, gradients), others, ops.cast(scores, "float32")
 
         def zeros():
-            return ops.zeros(()), [ops.zeros(w.shape, w.dtype) for w in weights]
+            return ops.zeros(()), [ops.zeros(() if one_by_one else w.shape, w.dtype) for w in weights]
 
         return accumulated(part, zeros, others, data, self.parts, devices)
 
@@ -164,8 +166,12 @@ class Learner(keras.Model):
             healthy = ops.logical_or(healthy, scale > 1)
         healthy = ops.logical_and(healthy, ops.isfinite(loss))
         if self.clip_norm:
-            divisor = ops.where(norm < self.clip_norm, 1.0, norm / self.clip_norm)
-            gradients = [g / ops.cast(divisor, g.dtype) for g in gradients]
+            short = norm < self.clip_norm
+            if _one_by_one(self):
+                divisor = ops.where(short, 1.0, norm / self.clip_norm)
+                gradients = [g / ops.cast(divisor, g.dtype) for g in gradients]
+            else:  # the original's own operations, of which XLA makes one pass, with the original's rounding
+                gradients = [ops.where(short, g, g / ops.cast(norm, g.dtype) * self.clip_norm) for g in gradients]
         report = {"step_loss": loss, "grad_norm": norm, "healthy": ops.cast(healthy, "float32")}
         return gradients, others, scores, report, healthy
 
@@ -313,7 +319,7 @@ def _tensorflow_step(model, data):
         optimizer.apply(gradients, model.trainable_variables)
         return healthy
 
-    if replicas == 1 and not model.jit_compile:  # where each selection would be a pass of its own through memory
+    if replicas == 1 and _one_by_one(model):
         tf.cond(healthy, apply, lambda: healthy)
     elif hasattr(inner, "guard"):
         inner.guard = healthy
@@ -386,6 +392,11 @@ _STEPS = {"tensorflow": _tensorflow_step, "jax": _jax_step, "torch": _torch_step
 def _beyond(strategy):
     """Whether a `tf.distribute` strategy reaches beyond this machine, or to a TPU: Keras 3 cannot reduce its results."""
     return strategy.cluster_resolver is not None
+
+
+def _one_by_one(model):
+    """Whether operations run one by one, each a pass through memory: on TensorFlow without XLA, which compiles all for a TPU."""
+    return keras.config.backend() == "tensorflow" and not (model.jit_compile or _beyond(model.distribute_strategy))
 
 
 def _device_loop(model):
