@@ -348,7 +348,9 @@ def test_a_worker_reads_its_own_examples_and_one_more_for_mixing(folder, monkeyp
     for options, more in (({}, 0), ({"mixup": 0.2}, 1)):
         read.clear()
         data = train_batches(spied, size=8, batch=10, augment=False, shard=(0, 2), prefetch=0, **options)
-        next(iter(data))
+        in_turn = tf.data.Options()
+        in_turn.threading.private_threadpool_size = 1
+        next(iter(data.with_options(in_turn)))
         first = [example.index for example in positions(source, seed=0, start=0, count=10)]
         expected = {*first[:5], *first[9:][:more]}
         assert expected <= set(read[: 5 + more]) and set(read[: 5 + more]) == expected

@@ -11,6 +11,7 @@ There `rotate`, `translate` and `transform` are tensorflow-addons', here they ar
 import math
 from numbers import Real
 
+import numpy as np
 import tensorflow as tf
 
 from keras_vit.errors import ArgumentError
@@ -118,10 +119,15 @@ def brightness(image, factor):
 
 def sharpness(image, factor):
     """(h, w, 3), at least 3 x 3 -> the same: moves away from a smoothed image; the outermost pixels stay."""
-    kernel = tf.constant([[1, 1, 1], [1, 5, 1], [1, 1, 1]], tf.float32)[:, :, None, None] / 13.0
-    values = tf.cast(image, tf.float32)[None]
-    smooth = _bytes(tf.nn.depthwise_conv2d(values, tf.tile(kernel, [1, 1, 3, 1]), [1, 1, 1, 1], "VALID"))[0]
-    inner = _blended(smooth, image[1:-1, 1:-1], factor)
+    # A convolution adds as the processor has it, and a sum that is a whole number is then cut to that or to the one below. This
+    # is how the original's was added: row by row in float32, each product fused with its sum, which float64 shows exactly.
+    kernel = np.float32([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / np.float32(13)
+    values, smooth = tf.cast(image, tf.float64), 0.0
+    height, width = (tf.shape(image)[axis] - 2 for axis in (0, 1))
+    for y, x in np.ndindex(3, 3):
+        product = values[y : y + height, x : x + width] * np.float64(kernel[y, x])
+        smooth = tf.cast(product + tf.cast(smooth, tf.float64), tf.float32)
+    inner = _blended(_bytes(smooth), image[1:-1, 1:-1], factor)
     middle = tf.concat([image[1:-1, :1], inner, image[1:-1, -1:]], 1)
     return tf.concat([image[:1], middle, image[-1:]], 0)
 
