@@ -107,7 +107,7 @@ def follow(case, model, optimizer, loss, jit=True, **options):
     learner = Learner(model.inputs, model.outputs[0], **options)
     learner.compile(optimizer, loss, jit_compile=jit and keras.config.backend() != "torch")
     report = {"loss": [], "grad_norm": []}
-    ties = Ties(model.trainable_variables) if getattr(optimizer, "trace_dtype", None) == "bfloat16" else None
+    ties = Ties(model.trainable_variables) if isinstance(optimizer, Recording) else None
     steps = len(data["images"])
     places = {f"params_after_{step}": step for step in range(1, steps + 1)} | {"params_final": steps}
     for step, (images, labels) in enumerate(zip(data["images"], data["labels"])):
