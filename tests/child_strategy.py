@@ -25,7 +25,7 @@ def main():
     specification = json.loads(sys.argv[1])
     devices = specification.get("devices", 1)
     if os.environ.get("KERAS_BACKEND") == "jax":
-        os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     else:
         import tensorflow as tf
 

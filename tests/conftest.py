@@ -5,6 +5,13 @@ import numpy as np
 import pytest
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
+QUICK_XLA = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
+
+def pytest_configure(config):
+    """Programs of XLA are compiled in half the time here; the slow tests have them as users do."""
+    if config.getoption("markexpr") == "not slow":
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_XLA}"
 
 
 def randomise(model, seed=0):

@@ -35,6 +35,7 @@ def test_a_file_loads_to_the_same_bits_on_every_backend(tmp_path):
     assert len(digests) == 1
 
 
+@pytest.mark.slow  # 90 s; each backend's outputs and training are compared in test_parity and test_step too
 @pytest.mark.parametrize("backend", ["jax", "torch"])
 def test_models_train_tap_and_save_as_on_tensorflow(backend):
     if importlib.util.find_spec(backend) is None:

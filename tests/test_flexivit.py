@@ -282,6 +282,7 @@ def test_learner_refuses_other_models_and_impossible_patches():
         flexible.learner(toy(), ())
 
 
+@pytest.mark.slow  # 60 s
 @pytest.mark.parametrize("backend", ["jax", "torch"])
 def test_the_training_mode_works_on_other_backends(backend):
     if importlib.util.find_spec(backend) is None:

@@ -268,8 +268,7 @@ class Storm:
 @pytest.fixture(scope="module")
 def storms(tmp_path_factory):
     """{backend: a future of its `Storm`}, at the same time on TensorFlow and JAX."""
-    fast = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # which halves the time of compilation
-    found = {each: Storm(tmp_path_factory.mktemp(each), each, **fast) for each in ("tensorflow", "jax")}
+    found = {each: Storm(tmp_path_factory.mktemp(each), each) for each in ("tensorflow", "jax")}
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         yield {backend: pool.submit(storm.rage, 3, ("step", "save", "step")) for backend, storm in found.items()}
 

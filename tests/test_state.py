@@ -154,7 +154,7 @@ def test_state_tests_pass_on_jax_with_eight_devices():
     if ON_JAX:
         pytest.skip("this is the JAX process")
     tests = "resumed_run_goes_through_the_same_states and not mirrored or sharded_state_comes or lists_what_differs"
-    run_here(tests, "jax", XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    run_here(tests, "jax", XLA_FLAGS=f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8")
 
 
 def test_a_model_without_weights_is_refused():
@@ -838,7 +838,7 @@ def test_two_processes_save_and_restore_their_shards_of_one_state(tmp_path):
     environment = {
         **os.environ,
         "KERAS_BACKEND": "jax",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2",
         "JAX_PLATFORMS": "cpu",
     }
     runs = [

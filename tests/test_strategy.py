@@ -22,8 +22,7 @@ from keras_vit.training import strategy
 from keras_vit.training.step import Learner
 
 CHILD = pathlib.Path(__file__).with_name("child_strategy.py")
-# No accelerator, and on JAX without the optimizations of which each compilation takes long
-QUICK = {"CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+NO_ACCELERATOR = {"CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu"}
 STEPS, CLIP = 8, 0.5
 RUN = [
     "--config.model.hidden_size=32", "--config.model.transformer.num_layers=1", "--config.model.transformer.num_heads=8",
@@ -52,7 +51,7 @@ def start(folder, out, runs, backend="tensorflow", environment=(), **more):
     """A process of child_strategy.py, and the file that it will write."""
     out = folder / f"{out}.json"
     command = [sys.executable, str(CHILD), json.dumps({"out": str(out), "runs": runs, **more})]
-    environment = {**os.environ, "KERAS_BACKEND": backend, **QUICK, **dict(environment)}
+    environment = {**os.environ, "KERAS_BACKEND": backend, **NO_ACCELERATOR, **dict(environment)}
     with open(out.with_suffix(".log"), "w") as log:
         return subprocess.Popen(command, env=environment, stdout=log, stderr=log), out
 
