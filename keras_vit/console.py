@@ -122,8 +122,8 @@ def list_(args):
         )
     document = [
         dict(
-            name=row.name, family=row.family.name, upstream=row.upstream, parameters=row.params, resolution=row.resolution,
-            imagenet=row.imagenet(224),
+            name=row.name, family=row.family.name, upstream=row.upstream, parameters=row.params, macs=row.macs,
+            resolution=row.resolution, imagenet=row.imagenet(224),
             weights={tag: dict(source=record.source, size=record.size) for tag, record in row.weights.items()},
         )
         for row in rows
@@ -132,8 +132,17 @@ def list_(args):
     for row in rows:
         sizes = {tag: f" ({record.size / 2**20:,.0f} MiB)" for tag, record in row.weights.items() if record.size}
         tags = ", ".join(tag + sizes.get(tag, "") for tag in row.tags())
-        shown.append((row.name, ", ".join(row.upstream), f"{row.params:,}", row.resolution, tags or "none published"))
-    return document, [(("name", "upstream", "parameters", "pixels", "weights"), shown)], 0
+        shown.append(
+            (
+                row.name,
+                ", ".join(row.upstream),
+                f"{row.params:,}",
+                f"{row.macs / 1e9:,.3g}",
+                row.resolution,
+                tags or "none published",
+            )
+        )
+    return document, [(("name", "upstream", "parameters", "GMACs", "pixels", "weights"), shown)], 0
 
 
 def inspect(args):

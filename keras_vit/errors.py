@@ -51,3 +51,7 @@ class TrainingError(KerasViTError, RuntimeError):
 
 class ExportError(KerasViTError, RuntimeError):
     """A module could not be written or does not reproduce its model; an earlier module is left as it was."""
+
+
+class UntrustedArtifactError(KerasViTError, ValueError):
+    """A module would run a graph that nobody vouches for; it was not loaded."""

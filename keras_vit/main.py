@@ -57,6 +57,7 @@ RESULTS = ("model.keras", "model.npz", "module")
 UNIT = Pixels(mean=(0.0,) * 3, std=(255.0,) * 3)  # what an exported module takes
 MODULE_TOLERANCE = 1e-5
 _BLAMED = 16  # examples of a bad batch that are named
+_BATCH = 32  # images that the module and the model are given at once
 _CHUNK = 2**28  # numbers in the images sent to the other process at once: 1 GiB
 
 _CHOICES = dict(
@@ -494,7 +495,7 @@ def export(config, trained, workdir):
     for images, labels in _test_batches(config, trained.test, UNIT, size):
         images = np.asarray(images)
         logits = hub.check(path, images)["keras_layer"]
-        expected = model.predict(pixels.normalize(images * np.float32(255)), batch_size=hub.BATCH, verbose=0)
+        expected = model.predict(pixels.normalize(images * np.float32(255)), batch_size=_BATCH, verbose=0)
         difference = max(difference, float(np.max(np.abs(logits - expected))))
         largest = max(largest, float(np.max(np.abs(expected))))
         right += int(np.sum(np.argmax(logits, -1) == np.argmax(labels, -1)))

@@ -39,6 +39,8 @@ class Family:
             file's (h, w), "square" or None, resize_patches whether another patch size is allowed.
         grid: model -> (h, w) of its position grid, recorded in files where it is not square; None without one.
         written: model -> the layout to write where it was loaded from none; by default the first.
+        any_size: model -> ((h, w), (h, w)) of its smallest image and of the steps to larger ones, where its weights fit images of
+            any size; None by default, and where they do not.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Family:
     adapters: object = lambda model, **options: ()
     grid: object = lambda model: None
     written: object = None
+    any_size: object = lambda model: None
 
     def __post_init__(self):
         FAMILIES[self.name] = self
@@ -150,6 +153,17 @@ def check_strategy(model, own_loop=False):
         )
 
 
+def calls(model):
+    """(layer, shape of its first input, keyword arguments that are no tensors) of each call of a layer in this model's graph."""
+    functional = keras.Model(model.inputs, model.outputs)  # a Sequential has no nodes of its own
+    for nodes in functional._nodes_by_depth.values():
+        for node in nodes:
+            if node.arguments.args:  # not an input
+                given = {key: value for key, value in node.arguments.kwargs.items() if not keras.ops.is_tensor(value)}
+                given = {k: v for k, v in given.items() if not isinstance(v, keras.KerasTensor) and v is not None}
+                yield node.operation, keras.tree.flatten(node.arguments.args)[0].shape, given
+
+
 def tap(model, name):
     """The KerasTensor of layer `name` in this model's graph; `"block_3/scores"` taps what lies inside a block.
 
@@ -168,6 +182,13 @@ def tap(model, name):
     if inside:
         return nodes[0].operation(*nodes[0].arguments.args, tap=inside)
     return nodes[0].output_tensors[0]
+
+
+def tap_input(model, name):
+    """The KerasTensor that layer `name` reads in this model's graph; see `tap`."""
+    tap(model, name)  # there is one, and one only
+    nodes = [node for depth in model._nodes_by_depth.values() for node in depth if node.operation.name == name]
+    return nodes[0].input_tensors[0]
 
 
 def zero_head(model):
@@ -547,7 +568,8 @@ class Variant:
 
     Args:
         name, builder: what it is called and the family's function.
-        params: exact parameter count with 1,000 classes at the default resolution.
+        params, macs: exact counts of parameters, and of multiply-adds for one image (see `explain.cost`), with 1,000 classes at
+            the default resolution.
         arguments: the builder's keywords.
         weights: {tag: Weights}.
         upstream: names it has elsewhere.
@@ -558,6 +580,7 @@ class Variant:
     name: str
     builder: object
     params: int
+    macs: int
     arguments: dict
     weights: dict
     upstream: tuple
@@ -602,7 +625,7 @@ def find_weights(weights, name, variant=None, side=224):
     )
 
 
-def variant(name, builder, *, params, weights=None, upstream=(), resolution=224, **arguments):
+def variant(name, builder, *, params, macs, weights=None, upstream=(), resolution=224, **arguments):
     """Registers a row and returns its constructor, a function with the builder's signature and this row's defaults."""
     shared = inspect.signature(builder)
     defaults = {"name": name, "weights": "imagenet", **arguments}
@@ -626,7 +649,7 @@ def variant(name, builder, *, params, weights=None, upstream=(), resolution=224,
 
     build.__name__ = build.__qualname__ = name
     build.__module__, build.__signature__ = builder.__module__, signature
-    row = Variant(name, builder, params, arguments, weights or {}, tuple(upstream), resolution, build)
+    row = Variant(name, builder, params, macs, arguments, weights or {}, tuple(upstream), resolution, build)
     build.__doc__ = _docstring(row)
     VARIANTS[name] = row
     return build
@@ -636,7 +659,8 @@ def _docstring(row):
     table = "\n".join(f"        {tag!r}: {record.source}" for tag, record in row.weights.items()) or "        none published"
     settings = ", ".join(f"{key}={value!r}" for key, value in row.arguments.items())
     shared = inspect.getdoc(row.builder).partition("\n")[2]
-    return f"{row.name}: {settings}; {row.params:,} parameters with 1,000 classes.\n\n    weights (tag: file):\n{table}\n{shared}"
+    counts = f"{row.params:,} parameters and {row.macs:,} multiply-adds with 1,000 classes"
+    return f"{row.name}: {settings}; {counts}.\n\n    weights (tag: file):\n{table}\n{shared}"
 
 
 def explain(archive, row):

@@ -14,6 +14,13 @@ def pytest_configure(config):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_XLA}"
 
 
+def pytest_collection_modifyitems(items):
+    """A file's tests stay in one process, so that what they share is made once; those of parity share nothing and take long."""
+    for item in items:
+        if item.path.stem != "test_parity":
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
 def randomise(model, seed=0):
     """Gives every weight of a model non-degenerate values, zero-initialised heads included."""
     rng = np.random.default_rng(seed)

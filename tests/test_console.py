@@ -83,11 +83,14 @@ def test_list_shows_every_variant_and_tag(run):
     assert status == 0
     assert [each["name"] for each in document] == list(zoo.VARIANTS)
     assert {each["name"]: each["parameters"] for each in document} == {row.name: row.params for row in zoo.VARIANTS.values()}
+    assert {each["name"]: each["macs"] for each in document} == {row.name: row.macs for row in zoo.VARIANTS.values()}
     _, text, _ = run("list")
     lines = text.splitlines()
     assert len(lines) == 1 + len(zoo.VARIANTS)
     line = next(line for line in lines if line.startswith("ViT_B16 "))
-    assert "ViT-B_16" in line and "86,567,656" in line and "imagenet21k (394 MiB)" in line and "gsam," in line
+    assert (
+        "ViT-B_16" in line and "86,567,656" in line and " 17.6 " in line and "imagenet21k (394 MiB)" in line and "gsam," in line
+    )
 
 
 @pytest.mark.parametrize("pattern, names", [("ViT_B?", ["ViT_B8"]), ("ViT-L_*", ["ViT_L16", "ViT_L32"])])

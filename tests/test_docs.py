@@ -14,11 +14,11 @@ TABLE = re.compile(r"(?<=<!-- models -->\n).*?(?=<!-- /models -->)", re.DOTALL)
 
 def table():
     """The README's table of models."""
-    lines = ["| constructor | upstream name | parameters | weights |", "|---|---|---:|---|"]
+    lines = ["| constructor | upstream name | parameters | G multiply-adds | weights |", "|---|---|---:|---:|---|"]
     for name in keras_vit.list_models():
         row = zoo.VARIANTS[name]
         tags = ", ".join(f"`{tag}`" for tag in row.tags()) or "none published"
-        lines.append(f"| `{name}` | {', '.join(row.upstream) or '-'} | {row.params:,} | {tags} |")
+        lines.append(f"| `{name}` | {', '.join(row.upstream) or '-'} | {row.params:,} | {row.macs / 1e9:,.3g} | {tags} |")
     return "\n".join(lines) + "\n"
 
 

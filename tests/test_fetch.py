@@ -13,6 +13,7 @@ import os
 import pathlib
 import queue
 import random
+import re
 import shutil
 import signal
 import socket
@@ -792,6 +793,26 @@ def test_an_unwritable_lock_file_is_named(server, monkeypatch):
         with pytest.raises(errors.CacheError, match="KERAS_VIT_LOCK"):
             fetch.fetch(SOURCE)
     assert fetch.cached() == []
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda home: home.chmod(0o777), r"may be written by everybody \(mode 777\)"),
+    (lambda home: os.chown(home, 12345, -1), "belongs to user 12345"),
+    (lambda home: home.chmod(0o755), None),
+])  # fmt: skip
+def test_a_cache_in_the_hands_of_others_is_told_once(change, words, server, tmp_path, caplog):
+    """[S4]"""
+    server.answer = serve(BODY)
+    (tmp_path / "home").mkdir()
+    try:
+        change(tmp_path / "home")
+    except PermissionError:
+        pytest.skip("only root gives a folder away")
+    for _ in range(2):
+        assert fetch.fetch(SOURCE).sha256 == digest(BODY)
+    told = [record.getMessage() for record in caplog.records if "trust" in record.getMessage()]
+    assert len(told) == (1 if words else 0)
+    assert not words or re.search(f"home {words}; .*KERAS_VIT_HOME", told[0])
 
 
 # -- several processes, and dying ones

@@ -70,6 +70,7 @@ def assert_as_loaded_directly(model, build, path, **options):
     assert np.isfinite(model.predict_on_batch(images)).all()
 
 
+@pytest.mark.slow
 def test_the_readmes_first_line_at_true_size(asked, folder):
     publish(folder, B16)
     published = zoo.VARIANTS["ViT_B16"].weights["imagenet21k"].size

@@ -131,14 +131,18 @@ def bilinear(old, new):
     return matrix
 
 
-def antialiased(old, new):
+def antialiased(old, new, xp=np):
     """(new, old) matrix of linear resampling of a line: half-pixel centres, and wider triangles when shrinking.
 
     As `jax.image.resize(method="linear")` does along each axis; enlarging, the same as `bilinear`.
+
+    Args:
+        xp: numpy, or `keras.ops` for a `new` that is a tensor.
     """
-    distance = (np.arange(new)[:, None] + 0.5) * old / new - 0.5 - np.arange(old)
-    matrix = np.maximum(0, 1 - np.abs(distance) / max(old / new, 1))
-    return matrix / matrix.sum(axis=1, keepdims=True)
+    scale = old / xp.cast(new, "float64") if xp is not np else old / new
+    distance = (xp.arange(new, dtype="float64")[:, None] + 0.5) * scale - 0.5 - np.arange(old)
+    matrix = xp.maximum(0, 1 - xp.abs(distance) / xp.maximum(scale, 1))
+    return matrix / xp.sum(matrix, axis=1, keepdims=True)
 
 
 @functools.cache

@@ -1,12 +1,14 @@
 """From a source (`gs://`, `https://`, local path) to a verified local file: the cache, and the lock file that holds it."""
 
 import errno
+import functools
 import hashlib
 import json
 import logging
 import os
 import pathlib
 import re
+import stat
 from typing import NamedTuple
 from urllib.parse import quote, unquote, urlsplit
 
@@ -136,7 +138,21 @@ def _origin(host, path):
     return f"{base.rstrip('/')}/{quote(path)}"
 
 
+@functools.cache
+def _warn_of_others(folder):
+    """Says once of a cache that is in others' hands: who replaces a file there can replace what the lock file says of it."""
+    found = folder.stat() if os.name == "posix" and folder.exists() else None
+    if found and found.st_uid not in (0, os.getuid()):
+        reason = f"belongs to user {found.st_uid}"
+    elif found and found.st_mode & stat.S_IWOTH:
+        reason = f"may be written by everybody (mode {stat.S_IMODE(found.st_mode):o})"
+    else:
+        return
+    _log.warning("%s %s; trust its weights as you trust them, or set KERAS_VIT_HOME and KERAS_VIT_LOCK", folder, reason)
+
+
 def _from_cache(source, origin, final, size, force):
+    _warn_of_others(home())
     found = None if force else _intact(source, final, size)
     if found:
         return found

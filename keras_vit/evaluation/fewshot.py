@@ -152,10 +152,7 @@ def representation(model):
     """
     tapped = model
     if any(layer.name == "head" for layer in model.layers):
-        zoo.tap(model, "head")  # there is one, and one only
-        # As in `zoo.tap`: `layer.input` may be of another model's graph, and Keras has no public way to a model's own nodes.
-        nodes = [node for depth in model._nodes_by_depth.values() for node in depth if node.operation.name == "head"]
-        tapped = keras.Model(model.inputs, nodes[0].input_tensors[0], name=f"{model.name}_features")
+        tapped = keras.Model(model.inputs, zoo.tap_input(model, "head"), name=f"{model.name}_features")
     if isinstance(tapped.output, list) or len(tapped.output.shape) != 2:
         shapes = [tuple(output.shape) for output in tapped.outputs]
         raise errors.ArgumentError(

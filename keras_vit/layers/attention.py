@@ -1,3 +1,4 @@
+import collections
 import math
 
 import keras
@@ -50,7 +51,7 @@ class Attention(keras.layers.Layer):
         else:
             projected = [self._project(query, self.qkv_kernel[:, :1], self.qkv_bias[:1])]
             projected += [self._project(x, self.qkv_kernel[:, 1:], self.qkv_bias[1:])]
-        tokens, width = projected[0].shape[1], x.shape[-1]
+        tokens, width = ops.shape(projected[0])[1], x.shape[-1]
         scale = (width // self.heads) ** -0.5
         if tap is None and self._fused(x, training):
             q, k, v = (part for each in projected for part in ops.unstack(each, each.shape[2], axis=2))
@@ -69,7 +70,7 @@ class Attention(keras.layers.Layer):
 
     def _project(self, x, kernel, bias):
         """(b, n, d) -> (b, n, parts, heads, d / heads), for a kernel (d, parts, heads, d / heads)."""
-        tokens, width = x.shape[1:]
+        tokens, width = ops.shape(x)[1], x.shape[-1]
         x = ops.reshape(x, (-1, width))  # one matrix product over all tokens is faster than one for each image
         x = ops.matmul(x, ops.reshape(kernel, (width, -1))) + ops.reshape(bias, (-1,))
         return ops.reshape(x, (-1, tokens, *kernel.shape[1:]))
@@ -80,6 +81,17 @@ class Attention(keras.layers.Layer):
         if self.flash_attention is None:
             return _on_accelerator(x)
         return self.flash_attention
+
+    def multiply_adds(self, input_shape, queries=None):
+        """Of one example: "linear" of the four projections, "matmul" of the scores and their use.
+
+        Args:
+            input_shape: (b, n, d).
+            queries: m; n if None.
+        """
+        n, d = input_shape[1:]
+        m = n if queries is None else queries
+        return collections.Counter(linear=2 * (m + n) * d * d, matmul=2 * m * n * d)
 
     def compute_output_spec(self, x, query=None, training=None, tap=None):
         b, n, d = x.shape

@@ -60,6 +60,10 @@ class Block(keras.layers.Layer):
             return y
         return x + self.drop_path(y)
 
+    def multiply_adds(self, input_shape):
+        """Those of attention and MLP for one example (b, n, d)."""
+        return self.attention.multiply_adds(input_shape) + self.mlp.multiply_adds(input_shape)
+
     def compute_output_spec(self, x, tap=None):
         check_tap(self, tap)
         return self.attention.compute_output_spec(x, tap=tap)

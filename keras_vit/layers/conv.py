@@ -1,3 +1,6 @@
+import collections
+import math
+
 import keras
 from keras import ops
 
@@ -33,6 +36,10 @@ class StdConv(keras.layers.Layer):
     def call(self, x):
         kernel = ops.cast(standardised(self.kernel), self.compute_dtype)
         return ops.conv(x, kernel, self.stride, "same", "channels_last")
+
+    def multiply_adds(self, input_shape):
+        """ "conv" of one example (b, h, w, c)."""
+        return collections.Counter(conv=math.prod(self.compute_output_shape(input_shape)[1:3]) * math.prod(self.kernel.shape))
 
     def compute_output_shape(self, input_shape):
         b, *sides, _ = input_shape

@@ -30,18 +30,36 @@ class Patches(keras.layers.Conv2D):
         return {**config, "width": self.width, "patch_size": self.patch_size}
 
 
-def sincos2d(h, w, d):
-    """(1, h * w, d) float32: fixed positions of a grid, the sines and cosines of x, then of y (MoCo v3, arXiv 2104.02057)."""
-    y, x = (axis.reshape(-1, 1) for axis in np.mgrid[:h, :w])
+def sincos2d(h, w, d, xp=np):
+    """(1, h * w, d) float64: fixed positions of a grid, the sines and cosines of x, then of y (MoCo v3, arXiv 2104.02057).
+
+    Args:
+        xp: numpy, or `keras.ops` for sides that are tensors.
+    """
     omega = 10_000.0 ** -(np.arange(d // 4) / (d // 4 - 1))
-    return np.concatenate([np.sin(x * omega), np.cos(x * omega), np.sin(y * omega), np.cos(y * omega)], 1, dtype="float32")[None]
+    y, x = (xp.arange(side, dtype="float64")[:, None] * omega for side in (h, w))
+    lines = [xp.sin(x)[None], xp.cos(x)[None], xp.sin(y)[:, None], xp.cos(y)[:, None]]
+    table = xp.concatenate([xp.broadcast_to(line, (h, w, d // 4)) for line in lines], -1)
+    return xp.reshape(table, (1, -1, d))
+
+
+def aligned(old, new):
+    """(new, old) float32 matrix that resamples a line as `checkpoints.adapt.resample_grid` does; `new` may be a tensor.
+
+    Linear between corners, the original's flaw included: a row that rounding puts outside the old line is 0.
+    """
+    step = (old - 1) / ops.cast(ops.maximum(new - 1, 1), "float64")
+    at = (ops.arange(new, dtype="float64") * step)[:, None]
+    hats = ops.maximum(0.0, 1 - ops.abs(at - np.arange(old, dtype="float64")))
+    return ops.cast(ops.where(at <= old - 1, hats, 0.0), "float32")
 
 
 @keras.saving.register_keras_serializable("keras_vit")
 class Tokens(keras.layers.Layer):
     """(b, h, w, d) -> (b, n, d): rows of the grid one after the other, a class token before them, plus positions.
 
-    n is h * w, and one more with a class token.
+    n is h * w, and one more with a class token. Positions are learned for the grid that the layer is built for; on another one,
+    which TensorFlow may leave open until the graph runs, they are resampled as loading a checkpoint does.
 
     Args:
         class_token: whether to put a learned token before the grid's.
@@ -67,16 +85,32 @@ class Tokens(keras.layers.Layer):
         if self.kind == "sincos2d":
             if d % 4 or d < 8:
                 raise ValueError(f"Tokens {self.name!r}: positions='sincos2d' need a width that is a multiple of 4, got {d}.")
-            self.positions = sincos2d(h, w, d)
+            self.positions = sincos2d(h, w, d).astype("float32")
         else:
             normal = keras.initializers.RandomNormal(stddev=self.stddev)
             rows = h * w + (self.class_token and self.class_position)
             self.positions = self.add_weight(shape=(1, rows, d), initializer=normal, name="positions")
 
+    def positions_at(self, grid):
+        """(1, n, d): the positions of a grid (h, w), a class token's first where it has one; the sides may be tensors."""
+        if all(isinstance(side, int) for side in grid) and tuple(grid) == self.grid:
+            return self.positions
+        if self.kind == "sincos2d":
+            return ops.cast(sincos2d(*grid, self.positions.shape[-1], ops), "float32")
+        table = ops.cast(self.positions, "float32")
+        before = self.class_token and self.class_position
+        (_, w), d = self.grid, table.shape[-1]
+        down, across = map(self.line, self.grid, grid)
+        rows = ops.matmul(down, ops.reshape(table[0, before:], (-1, w * d)))
+        rows = ops.reshape(ops.matmul(across, ops.reshape(rows, (-1, w, d))), (1, -1, d))
+        return ops.concatenate([table[:, :1], rows], axis=1) if before else rows
+
+    line = staticmethod(aligned)  # (old side, new side) -> the matrix that resamples positions along it
+
     def call(self, x):
-        h, w = self.grid
+        h, w = ops.shape(x)[1:3]
         x = ops.reshape(x, (-1, h * w, x.shape[-1]))
-        positions = ops.cast(self.positions, x.dtype)
+        positions = ops.cast(self.positions_at((h, w)), x.dtype)
         if not self.class_token:
             return x + positions
         cls = ops.broadcast_to(ops.cast(self.cls, x.dtype), (ops.shape(x)[0], 1, x.shape[-1]))
@@ -86,4 +120,4 @@ class Tokens(keras.layers.Layer):
 
     def compute_output_shape(self, input_shape):
         b, h, w, d = input_shape
-        return (b, h * w + self.class_token, d)
+        return (b, None if None in (h, w) else h * w + self.class_token, d)

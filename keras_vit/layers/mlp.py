@@ -1,3 +1,5 @@
+import collections
+
 import keras
 from keras import ops
 
@@ -27,10 +29,15 @@ class MLP(keras.layers.Layer):
         self.fc2.build((None, self.hidden))
 
     def call(self, x):
-        shape = (-1, *x.shape[1:])
+        shape = (-1, *ops.shape(x)[1:])
         x = ops.reshape(x, (-1, x.shape[-1]))  # one matrix product over all tokens is faster than one for each image
         x = keras.activations.gelu(self.fc1(x), approximate=self.gelu == "tanh")
         return ops.reshape(self.dropout(self.fc2(self.dropout(x))), shape)
+
+    def multiply_adds(self, input_shape):
+        """ "linear" of both layers for one example (b, n, d)."""
+        _, n, d = input_shape
+        return collections.Counter(linear=2 * n * d * self.hidden)
 
     def compute_output_shape(self, input_shape):
         return input_shape

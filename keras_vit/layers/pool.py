@@ -87,6 +87,11 @@ class MapHead(keras.layers.Layer):
             return x
         return (x + self.mlp(self.norm(x)))[:, 0]
 
+    def multiply_adds(self, input_shape):
+        """Those of attention with one query and of the MLP on its result, for one example (b, n, d)."""
+        one = (None, 1, input_shape[-1])
+        return self.attention.multiply_adds(input_shape, queries=1) + self.mlp.multiply_adds(one)
+
     def compute_output_spec(self, x, tap=None):
         check_tap(self, tap)
         b, n, d = x.shape

@@ -4,6 +4,7 @@ Weights: google-research/big_vision (`gs://big_vision/flexivit`), with the wirin
 at one patch size and one grid of positions, and resized from there, in the model, to the patch size that is used.
 """
 
+import collections
 import math
 import numbers
 
@@ -16,7 +17,7 @@ from keras_vit.checkpoints.weights import BIG_VISION_LICENCE, IMAGENET21K, googl
 from keras_vit.layers import Block, ClassToken, MapHead, MeanTokens, PatchTokens, Tokens
 from keras_vit.models import vit
 from keras_vit.models.vit import POOLINGS, POSITIONS, B, L, S, depth
-from keras_vit.zoo import Contract, Family, Model, builder, variant
+from keras_vit.zoo import Contract, Family, Model, builder, calls, variant
 
 CLASSIFIERS = ("token", "gap", "map")
 RESOLUTION = 240  # pixels; divisible by all of PATCH_SIZES
@@ -64,8 +65,13 @@ class FlexiPatches(keras.layers.Layer):
         return ops.conv(x, kernel, strides=tuple(patch_size), padding="valid", data_format="channels_last") + self.bias
 
     def compute_output_spec(self, x, patch_size):
-        grid = (side // p for side, p in zip(x.shape[1:3], patch_size))
+        grid = (side and side // p for side, p in zip(x.shape[1:3], patch_size))
         return keras.KerasTensor((x.shape[0], *grid, self.width), dtype=self.compute_dtype)
+
+    def multiply_adds(self, input_shape, patch_size):
+        """ "conv" of one example (b, H, W, c)."""
+        grid = (side // p for side, p in zip(input_shape[1:3], patch_size))
+        return collections.Counter(conv=math.prod(grid) * math.prod(patch_size) * input_shape[-1] * self.width)
 
     def at(self, model, patch_size):
         """The model that this layer belongs to, at another patch size; see `at_patch_size`."""
@@ -105,19 +111,10 @@ class FlexiTokens(Tokens):
     def build(self, input_shape):
         super().build((None, *self.stored_grid, input_shape[-1]))
 
-    def positions_at(self, grid):
-        """(1, h * w, d): the positions of another grid (h, w)."""
-        if tuple(grid) == self.grid:
-            return ops.convert_to_tensor(self.positions)
-        table = ops.reshape(self.positions, (*self.grid, -1))
-        return ops.reshape(_resized(table, *map(antialiased, self.grid, grid)), (1, math.prod(grid), -1))
-
-    def call(self, x):
-        _, h, w, d = x.shape
-        x = ops.reshape(x, (-1, h * w, d)) + ops.cast(self.positions_at((h, w)), x.dtype)
-        if not self.class_token:
-            return x
-        return ops.concatenate([ops.broadcast_to(ops.cast(self.cls, x.dtype), (ops.shape(x)[0], 1, d)), x], axis=1)
+    @staticmethod
+    def line(old, new):
+        known = isinstance(new, int)
+        return antialiased(old, new).astype("float32") if known else ops.cast(antialiased(old, new, ops), "float32")
 
 
 @keras.saving.register_keras_serializable("keras_vit")
@@ -316,6 +313,11 @@ def _sizes(shapes):
     return found
 
 
+def _any_size(model):
+    (patch_size,) = (options["patch_size"] for layer, _, options in calls(model) if isinstance(layer, FlexiPatches))
+    return tuple(patch_size), (1, 1)
+
+
 FAMILY = Family(
     "FlexiViT",
     layouts=vit.layouts(),
@@ -323,6 +325,7 @@ FAMILY = Family(
     grid=lambda model: model.get_layer("tokens").grid,
     sizes=_sizes,
     written=lambda model: "params/linen-posemb-on-top",
+    any_size=_any_size,
 )
 
 
@@ -345,18 +348,21 @@ def _released(size, *i21k, **baselines):
 # configs/proj/flexivit of the original
 FlexiViT_mu = variant(
     "FlexiViT_mu", FlexiViT, width=32, depth=2, heads=2, mlp=64, patch_size=8, stored_patch_size=8, stored_grid=(4, 4),
-    classifier="token", resolution=32, params=56_872,
+    classifier="token", resolution=32, params=56_872, macs=445_824,
 )  # fmt: skip
 FlexiViT_S = variant(
-    "FlexiViT_S", FlexiViT, **S, classifier="token", resolution=RESOLUTION, params=22_878_568, upstream=("flexivit_small",),
+    "FlexiViT_S", FlexiViT, **S, classifier="token", resolution=RESOLUTION,
+    params=22_878_568, macs=5_336_263_680, upstream=("flexivit_small",),
     weights=_released("s"),
 )  # fmt: skip
 # The last two are plain ViTs, kept at the same sizes, for patch_size=16 and patch_size=30 only
 FlexiViT_B = variant(
-    "FlexiViT_B", FlexiViT, **B, classifier="token", resolution=RESOLUTION, params=88_223_464, upstream=("flexivit_base",),
+    "FlexiViT_B", FlexiViT, **B, classifier="token", resolution=RESOLUTION,
+    params=88_223_464, macs=20_270_143_488, upstream=("flexivit_base",),
     weights=_released("b", 90, 300, 1000, i21k_vit_b16="vit_b16_i21k_300ep", i21k_vit_b30="vit_b30_i21k_300ep"),
 )  # fmt: skip
 FlexiViT_L = variant(
-    "FlexiViT_L", FlexiViT, **L, classifier="token", resolution=RESOLUTION, params=306_534_376, upstream=("flexivit_large",),
+    "FlexiViT_L", FlexiViT, **L, classifier="token", resolution=RESOLUTION,
+    params=306_534_376, macs=70_938_173_440, upstream=("flexivit_large",),
     weights=_released("l"),
 )  # fmt: skip

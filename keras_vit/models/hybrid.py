@@ -62,6 +62,14 @@ class ResNetUnit(keras.layers.Layer):
         y = self.gn3(self.conv3(y))
         return ops.relu(y + (self.gn_proj(self.conv_proj(x)) if self.projects else x))
 
+    def multiply_adds(self, input_shape):
+        """Those of all convolutions for one example (b, h, w, c)."""
+        total, shape = collections.Counter(), input_shape
+        for conv in (self.conv1, self.conv2, self.conv3):
+            total += conv.multiply_adds(shape)
+            shape = conv.compute_output_shape(shape)
+        return total + self.conv_proj.multiply_adds(input_shape) if self.projects else total
+
     def compute_output_shape(self, input_shape):
         return (*self.conv2.compute_output_shape(input_shape)[:3], 4 * self.width)
 
@@ -137,7 +145,7 @@ def Hybrid(
         raise errors.ArgumentError(f"{name}: pooling='token' needs a class token, classifier={classifier!r} has none; use 'avg'.")
     channels = _channels(name, stages, width_factor)
     patch = (patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size)
-    stride = 4 * 2 ** max(len(stages) - 1, 0)
+    stride = _stride(stages)
     top = Contract(FAMILY, include_top, weights, input_tensor, input_shape, classes, classifier_activation, include_preprocessing)
     if representation_size == "auto":
         representation_size = (top.stored("pre_logits/kernel") or [None])[-1]
@@ -188,10 +196,19 @@ def _channels(name, stages, width_factor):
     return channels
 
 
+def _stride(stages):
+    """Pixels of the image for each feature: the root halves twice, and each stage after the first once."""
+    return 4 * 2 ** max(len(stages) - 1, 0)
+
+
+def _smallest(patch, stride):
+    return tuple((p - 1) * stride + 1 for p in patch)
+
+
 def _check_size(name, size, patch, stride):
-    if all(-(-side // stride) >= p for side, p in zip(size, patch)):
+    smallest = _smallest(patch, stride)
+    if all(side >= least for side, least in zip(size, smallest)):
         return
-    smallest = tuple((p - 1) * stride + 1 for p in patch)
     raise errors.ArgumentError(
         f"{name}: an image of {size[0]} x {size[1]} has no patch of {patch[0]} x {patch[1]} in features of 1 / {stride} its "
         f"size; the smallest is input_shape={(*smallest, 3)}."
@@ -239,36 +256,51 @@ def _sizes(shapes):
     )  # fmt: skip
 
 
+def _any_size(model):
+    stages = {layer.name.split("_")[1] for layer in model.layers if isinstance(layer, ResNetUnit)}
+    return _smallest(model.get_layer("patches").kernel_size, _stride(stages)), (1, 1)
+
+
 FAMILY = Family(
-    "Hybrid", layouts=layouts(), adapters=vit.adapters, grid=lambda model: model.get_layer("tokens").grid, sizes=_sizes
+    "Hybrid",
+    layouts=layouts(),
+    adapters=vit.adapters,
+    grid=lambda model: model.get_layer("tokens").grid,
+    sizes=_sizes,
+    any_size=_any_size,
 )
 
 # Stages: configs/models.py of the original, as is the dropout of R50+B/16 and R50+L/32; sizes of the transformer are ViT's.
 # Parameter counts: models_test.py of the original
-Hybrid_mu = variant("Hybrid_mu", Hybrid, **vit.MU, patch_size=1, stages=(1, 1), width_factor=0.5, resolution=32, params=269_000)
+Hybrid_mu = variant(
+    "Hybrid_mu", Hybrid, **vit.MU, patch_size=1, stages=(1, 1), width_factor=0.5, resolution=32, params=269_000, macs=5_798_656
+)
 R_ViT_Ti16 = variant(
-    "R_ViT_Ti16", Hybrid, **vit.TI, patch_size=8, stages=(), params=6_337_704, upstream=("R+ViT-Ti_16", "R_Ti_16"),
+    "R_ViT_Ti16", Hybrid, **vit.TI, patch_size=8, stages=(),
+    params=6_337_704, macs=433_681_920, upstream=("R+ViT-Ti_16", "R_Ti_16"),
     weights=vit.augreg_files(
         "R+Ti/16", "R_Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0--imagenet2012-steps_20k-lr_0.03-res_224"
     ),
 )  # fmt: skip
 R26_ViT_S32 = variant(
-    "R26_ViT_S32", Hybrid, **vit.S, patch_size=1, stages=(2, 2, 2, 2), params=36_431_912, upstream=("R26+ViT-S_32", "R26_S_32"),
+    "R26_ViT_S32", Hybrid, **vit.S, patch_size=1, stages=(2, 2, 2, 2),
+    params=36_431_912, macs=3_463_851_008, upstream=("R26+ViT-S_32", "R26_S_32"),
     weights=vit.augreg_files(
         "R26+S/32", "R26_S_32-i21k-300ep-lr_0.001-aug_light0-wd_0.03-do_0.1-sd_0.1--imagenet2012-steps_20k-lr_0.03-res_224"
     ),
 )  # fmt: skip
 R26_ViT_B32 = variant(
-    "R26_ViT_B32", Hybrid, **vit.B, patch_size=1, stages=(2, 2, 2, 2), params=101_383_976, upstream=("R26+ViT-B_32",),
+    "R26_ViT_B32", Hybrid, **vit.B, patch_size=1, stages=(2, 2, 2, 2),
+    params=101_383_976, macs=6_710_859_776, upstream=("R26+ViT-B_32",),
     weights=vit.imagenet21k("R26+ViT-B_32", 450.23),
 )  # fmt: skip
 R50_ViT_B16 = variant(
-    "R50_ViT_B16", Hybrid, **vit.B, patch_size=1, stages=(3, 4, 9), dropout_rate=0.1, params=98_659_112,
+    "R50_ViT_B16", Hybrid, **vit.B, patch_size=1, stages=(3, 4, 9), dropout_rate=0.1, params=98_659_112, macs=21_535_358_976,
     upstream=("R50+ViT-B_16",),
     weights=vit.imagenet21k("R50+ViT-B_16", 439.85) | vit.imagenet2012("R50+ViT-B_16", 377.57),
 )  # fmt: skip
 R50_ViT_L32 = variant(
-    "R50_ViT_L32", Hybrid, **vit.L, patch_size=1, stages=(3, 4, 6, 3), dropout_rate=0.1, params=328_994_856,
+    "R50_ViT_L32", Hybrid, **vit.L, patch_size=1, stages=(3, 4, 6, 3), dropout_rate=0.1, params=328_994_856, macs=19_413_295_104,
     upstream=("R50+ViT-L_32", "R50_L_32"),
     weights=vit.imagenet21k("R50+ViT-L_32", 1.31 * 1024) | vit.augreg_files(
         "R50+L/32", "R50_L_32-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.1-sd_0.1--imagenet2012-steps_20k-lr_0.01-res_224"

@@ -71,6 +71,11 @@ class MixerBlock(keras.layers.Layer):
             return y
         return x + self.drop_path(y)
 
+    def multiply_adds(self, input_shape):
+        """Those of both MLPs for one example (b, n, d)."""
+        b, n, d = input_shape
+        return self.token_mixing.multiply_adds((b, d, n)) + self.channel_mixing.multiply_adds(input_shape)
+
 
 @builder
 def Mixer(
@@ -271,28 +276,28 @@ def _released(file, **mib):
 
 
 # Parameter counts of B and L: models_test.py of the original; sizes of the files in MiB: the bucket
-Mixer_mu = variant("Mixer_mu", Mixer, **MU, patch_size=8, resolution=32, params=113_288)
+Mixer_mu = variant("Mixer_mu", Mixer, **MU, patch_size=8, resolution=32, params=113_288, macs=915_968)
 Mixer_S8 = variant(
-    "Mixer_S8", Mixer, **S, patch_size=8, params=20_646_504, upstream=("Mixer-S_8",),
+    "Mixer_S8", Mixer, **S, patch_size=8, params=20_646_504, macs=14_875_086_848, upstream=("Mixer-S_8",),
     weights=_released("Mixer-S_8", gsam=78.79),
 )  # fmt: skip
 Mixer_S16 = variant(
-    "Mixer_S16", Mixer, **S, patch_size=16, params=18_528_264, upstream=("Mixer-S_16",),
+    "Mixer_S16", Mixer, **S, patch_size=16, params=18_528_264, macs=3_776_958_464, upstream=("Mixer-S_16",),
     weights=_released("Mixer-S_16", gsam=70.71),
 )  # fmt: skip
 Mixer_S32 = variant(
-    "Mixer_S32", Mixer, **S, patch_size=32, params=19_104_624, upstream=("Mixer-S_32",),
+    "Mixer_S32", Mixer, **S, patch_size=32, params=19_104_624, macs=1_002_426_368, upstream=("Mixer-S_32",),
     weights=_released("Mixer-S_32", gsam=72.91),
 )  # fmt: skip
 Mixer_B16 = variant(
-    "Mixer_B16", Mixer, **B, patch_size=16, params=59_880_472, upstream=("Mixer-B_16",),
+    "Mixer_B16", Mixer, **B, patch_size=16, params=59_880_472, macs=12_601_767_936, upstream=("Mixer-B_16",),
     weights=_released("Mixer-B_16", imagenet1k=228.47, imagenet21k=289.61, sam=228.47, gsam=228.47),
 )  # fmt: skip
 Mixer_B32 = variant(
-    "Mixer_B32", Mixer, **B, patch_size=32, params=60_293_428, upstream=("Mixer-B_32",),
+    "Mixer_B32", Mixer, **B, patch_size=32, params=60_293_428, macs=3_237_722_112, upstream=("Mixer-B_32",),
     weights=_released("Mixer-B_32", sam=230.04, gsam=230.04),
 )  # fmt: skip
 Mixer_L16 = variant(
-    "Mixer_L16", Mixer, **L, patch_size=16, params=208_196_168, upstream=("Mixer-L_16",),
+    "Mixer_L16", Mixer, **L, patch_size=16, params=208_196_168, macs=44_547_678_208, upstream=("Mixer-L_16",),
     weights=_released("Mixer-L_16", imagenet1k=794.29, imagenet21k=875.78),
 )  # fmt: skip

@@ -232,6 +232,11 @@ def depth(shapes):
     return len({name.partition("/")[0] for name in shapes if name.startswith("block_")})
 
 
+def _any_size(model):
+    patch = tuple(model.get_layer("patches").kernel_size)
+    return patch, patch if model.get_layer("tokens").class_position else (1, 1)  # style "big_vision" leaves pixels out
+
+
 def _written(model):
     return "pre-linen" if model.get_layer("tokens").class_position else "linen-posemb-on-top"
 
@@ -243,6 +248,7 @@ FAMILY = Family(
     grid=lambda model: model.get_layer("tokens").grid,
     sizes=_sizes,
     written=_written,
+    any_size=_any_size,
 )
 
 # Sizes: arXiv 2010.11929 Table 1 and 2106.10270 Table 2; dropout of L/16 and H/14: configs/models.py of the original
@@ -278,62 +284,70 @@ def augreg_files(name, *others):
 
 
 # Parameter counts: models_test.py of the original
-ViT_mu = variant("ViT_mu", ViT, **MU, patch_size=8, resolution=32, params=145_576)
+ViT_mu = variant("ViT_mu", ViT, **MU, patch_size=8, resolution=32, params=145_576, macs=1_448_704)
 ViT_Ti16 = variant(
-    "ViT_Ti16", ViT, **TI, patch_size=16, params=5_717_416, upstream=("ViT-Ti_16",),
+    "ViT_Ti16", ViT, **TI, patch_size=16, params=5_717_416, macs=1_253_683_200, upstream=("ViT-Ti_16",),
     weights=augreg_files(
         "Ti/16", "Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0--imagenet2012-steps_20k-lr_0.03-res_224"
     ),
 )  # fmt: skip
 ViT_S16 = variant(
-    "ViT_S16", ViT, **S, patch_size=16, params=22_050_664, upstream=("ViT-S_16",),
+    "ViT_S16", ViT, **S, patch_size=16, params=22_050_664, macs=4_598_882_304, upstream=("ViT-S_16",),
     weights=_sam("ViT-S_16", 252.57) | augreg_files(
         "S/16", "S_16-i21k-300ep-lr_0.001-aug_light1-wd_0.03-do_0.0-sd_0.0--imagenet2012-steps_20k-lr_0.03-res_224"
     ),
 )  # fmt: skip
 ViT_S32 = variant(
-    "ViT_S32", ViT, **S, patch_size=32, params=22_878_952, upstream=("ViT-S_32",),
+    "ViT_S32", ViT, **S, patch_size=32, params=22_878_952, macs=1_142_909_952, upstream=("ViT-S_32",),
     weights=augreg_files(
         "S/32", "S_32-i21k-300ep-lr_0.001-aug_light1-wd_0.1-do_0.0-sd_0.0--imagenet2012-steps_20k-lr_0.01-res_224"
     ),
 )  # fmt: skip
 ViT_B8 = variant(
-    "ViT_B8", ViT, **B, patch_size=8, params=86_576_872, upstream=("ViT-B_8",),
+    "ViT_B8", ViT, **B, patch_size=8, params=86_576_872, macs=78_148_337_664, upstream=("ViT-B_8",),
     weights=imagenet21k("ViT-B_8", 393.72) | imagenet2012("ViT-B_8", 334.78) | augreg_files("B/8"),
 )  # fmt: skip
 ViT_B16 = variant(
-    "ViT_B16", ViT, **B, patch_size=16, params=86_567_656, upstream=("ViT-B_16",),
+    "ViT_B16", ViT, **B, patch_size=16, params=86_567_656, macs=17_563_828_224, upstream=("ViT-B_16",),
     weights=imagenet21k("ViT-B_16", 393.69) | imagenet2012("ViT-B_16", 331.4) | imagenet2012("ViT-B_16-224", 330.29, 224)
     | _sam("ViT-B_16", 330.3) | {"gsam": google("gsam/ViT-B_16", activation="sigmoid")} | augreg_files(
         "B/16", "B_16-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.0-sd_0.0--imagenet2012-steps_20k-lr_0.01-res_224"
     ),
 )  # fmt: skip
 ViT_B32 = variant(
-    "ViT_B32", ViT, **B, patch_size=32, params=88_224_232, upstream=("ViT-B_32",),
+    "ViT_B32", ViT, **B, patch_size=32, params=88_224_232, macs=4_409_186_304, upstream=("ViT-B_32",),
     weights=imagenet21k("ViT-B_32", 400.01) | imagenet2012("ViT-B_32", 336.89) | _sam("ViT-B_32", 336.61) | augreg_files(
         "B/32", "B_32-i21k-300ep-lr_0.001-aug_medium1-wd_0.03-do_0.0-sd_0.0--imagenet2012-steps_20k-lr_0.03-res_224"
     ),
 )  # fmt: skip
 ViT_L16 = variant(
-    "ViT_L16", ViT, **L, patch_size=16, dropout_rate=0.1, params=304_326_632, upstream=("ViT-L_16",),
+    "ViT_L16", ViT, **L, patch_size=16, dropout_rate=0.1, params=304_326_632, macs=61_554_712_576, upstream=("ViT-L_16",),
     weights=imagenet21k("ViT-L_16", 1.22 * 1024) | imagenet2012("ViT-L_16", 1.14 * 1024)
     | imagenet2012("ViT-L_16-224", 1.13 * 1024, 224) | _sam("ViT-L_16", 1.13 * 1024) | augreg_files(
         "L/16", "L_16-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.1-sd_0.1--imagenet2012-steps_20k-lr_0.01-res_224"
     ),
 )  # fmt: skip
 ViT_L32 = variant(
-    "ViT_L32", ViT, **L, patch_size=32, params=306_535_400, upstream=("ViT-L_32",),
+    "ViT_L32", ViT, **L, patch_size=32, params=306_535_400, macs=15_377_539_072, upstream=("ViT-L_32",),
     weights=imagenet21k("ViT-L_32", 1.23 * 1024) | imagenet2012("ViT-L_32", 1.14 * 1024) | _sam("ViT-L_32", 1.14 * 1024),
 )  # fmt: skip
 ViT_H14 = variant(
-    "ViT_H14", ViT, **H, patch_size=14, dropout_rate=0.1, params=632_045_800, upstream=("ViT-H_14",),
+    "ViT_H14", ViT, **H, patch_size=14, dropout_rate=0.1, params=632_045_800, macs=167_295_109_120, upstream=("ViT-H_14",),
     weights=imagenet21k("ViT-H_14", 2.46 * 1024),
 )  # fmt: skip
 GAP = dict(classifier="gap", representation_size=None)
-ViT_S16_gap = variant("ViT_S16_gap", ViT, **S, patch_size=16, **GAP, params=22_049_896, upstream=("ViT-S_16-gap-norep",))
-ViT_S32_gap = variant("ViT_S32_gap", ViT, **S, patch_size=32, **GAP, params=22_878_184, upstream=("ViT-S_32-gap-norep",))
-ViT_B16_gap = variant("ViT_B16_gap", ViT, **B, patch_size=16, **GAP, params=86_566_120, upstream=("ViT-B_16-gap-norep",))
-ViT_B32_gap = variant("ViT_B32_gap", ViT, **B, patch_size=32, **GAP, params=88_222_696, upstream=("ViT-B_32-gap-norep",))
+ViT_S16_gap = variant(
+    "ViT_S16_gap", ViT, **S, patch_size=16, **GAP, params=22_049_896, macs=4_574_026_752, upstream=("ViT-S_16-gap-norep",)
+)
+ViT_S32_gap = variant(
+    "ViT_S32_gap", ViT, **S, patch_size=32, **GAP, params=22_878_184, macs=1_120_763_904, upstream=("ViT-S_32-gap-norep",)
+)
+ViT_B16_gap = variant(
+    "ViT_B16_gap", ViT, **B, patch_size=16, **GAP, params=86_566_120, macs=17_471_649_792, upstream=("ViT-B_16-gap-norep",)
+)
+ViT_B32_gap = variant(
+    "ViT_B32_gap", ViT, **B, patch_size=32, **GAP, params=88_222_696, macs=4_322_426_880, upstream=("ViT-B_32-gap-norep",)
+)
 
 # Sizes: arXiv 2106.04560 Table 2 and 2305.13035 (So400m), as `decode_variant` of big_vision has them
 MU_BV = dict(width=32, depth=1, heads=2, mlp=128)
@@ -378,41 +392,66 @@ def _siglip(size, *siglip2, **webli):
     }
 
 
-ViT_mu_bv = variant("ViT_mu_bv", ViT, **MU_BV, patch_size=8, **BV_GAP, resolution=32, params=52_456)
-ViT_Ti16_bv = variant("ViT_Ti16_bv", ViT, **TI, patch_size=16, **BV_GAP, params=5_717_032)
+ViT_mu_bv = variant("ViT_mu_bv", ViT, **MU_BV, patch_size=8, **BV_GAP, resolution=32, params=52_456, macs=343_296)
+ViT_Ti16_bv = variant("ViT_Ti16_bv", ViT, **TI, patch_size=16, **BV_GAP, params=5_717_032, macs=1_246_563_840)
 ViT_S16_bv = variant(
-    "ViT_S16_bv", ViT, **S, patch_size=16, **BV_GAP, positions="sincos2d", representation_size=384, params=22_122_472,
+    "ViT_S16_bv", ViT, **S, patch_size=16, **BV_GAP, positions="sincos2d", representation_size=384,
+    params=22_122_472, macs=4_574_174_208,
     weights=_better_plain(),
 )  # fmt: skip
-ViT_M16_bv = variant("ViT_M16_bv", ViT, **M, patch_size=16, **BV_GAP, params=38_836_712)
-ViT_B16_bv = variant("ViT_B16_bv", ViT, **B, patch_size=16, **BV_GAP, params=86_566_120)
-ViT_L16_bv = variant("ViT_L16_bv", ViT, **L, patch_size=16, **BV_GAP, params=304_324_584)
-ViT_H14_bv = variant("ViT_H14_bv", ViT, **H, patch_size=14, **BV_GAP, params=632_043_240)
-ViT_g14_bv = variant("ViT_g14_bv", ViT, **G_SMALL, patch_size=14, **BV_MAP, params=1_037_857_384)
-ViT_G14_bv = variant("ViT_G14_bv", ViT, **G_BIG, patch_size=14, **BV_MAP, params=1_882_797_416, upstream=("ViT-G_14",))
-ViT_So400m14_bv = variant("ViT_So400m14_bv", ViT, **SO400M, patch_size=14, **BV_MAP, params=428_833_704)
-DeiT3_S16_bv = variant("DeiT3_S16_bv", ViT, **S, patch_size=16, **DEIT3, params=22_050_280, weights=_deit3("small"))
-DeiT3_B16_bv = variant("DeiT3_B16_bv", ViT, **B, patch_size=16, **DEIT3, params=86_566_888, weights=_deit3("base"))
-DeiT3_L16_bv = variant("DeiT3_L16_bv", ViT, **L, patch_size=16, **DEIT3, params=304_325_608, weights=_deit3("large"))
+ViT_M16_bv = variant("ViT_M16_bv", ViT, **M, patch_size=16, **BV_GAP, params=38_836_712, macs=7_948_390_400)
+ViT_B16_bv = variant("ViT_B16_bv", ViT, **B, patch_size=16, **BV_GAP, params=86_566_120, macs=17_471_649_792)
+ViT_L16_bv = variant("ViT_L16_bv", ViT, **L, patch_size=16, **BV_GAP, params=304_324_584, macs=61_233_405_952)
+ViT_H14_bv = variant("ViT_H14_bv", ViT, **H, patch_size=14, **BV_GAP, params=632_043_240, macs=166_623_938_560)
+ViT_g14_bv = variant("ViT_g14_bv", ViT, **G_SMALL, patch_size=14, **BV_MAP, params=1_037_857_384, macs=267_001_461_760)
+ViT_G14_bv = variant(
+    "ViT_G14_bv", ViT, **G_BIG, patch_size=14, **BV_MAP, params=1_882_797_416, macs=483_276_678_144, upstream=("ViT-G_14",)
+)
+ViT_So400m14_bv = variant("ViT_So400m14_bv", ViT, **SO400M, patch_size=14, **BV_MAP, params=428_833_704, macs=110_178_100_224)
+DeiT3_S16_bv = variant(
+    "DeiT3_S16_bv", ViT, **S, patch_size=16, **DEIT3, params=22_050_280, macs=4_598_882_304, weights=_deit3("small")
+)
+DeiT3_B16_bv = variant(
+    "DeiT3_B16_bv", ViT, **B, patch_size=16, **DEIT3, params=86_566_888, macs=17_563_828_224, weights=_deit3("base")
+)
+DeiT3_L16_bv = variant(
+    "DeiT3_L16_bv", ViT, **L, patch_size=16, **DEIT3, params=304_325_608, macs=61_554_712_576, weights=_deit3("large")
+)
 SigLIP_B16_bv = variant(
-    "SigLIP_B16_bv", ViT, **B, patch_size=16, **SIGLIP, params=92_884_224,
+    "SigLIP_B16_bv", ViT, **B, patch_size=16, **SIGLIP, params=92_884_224, macs=17_708_292_096,
     weights=_siglip(
         "b16", 224, 256, 384, 512, webli_224="en_b16_224_63724782", webli_256="en_b16_256_60500360",
         webli_384="en_b16_384_68578854", webli_512="en_b16_512_68580893", webli_i18n_256="i18n_b16_256_66117334",
     ),
 )  # fmt: skip
-SigLIP_B32_bv = variant("SigLIP_B32_bv", ViT, **B, patch_size=32, **SIGLIP, params=94_540_800, weights=_siglip("b32", 256))
+SigLIP_B32_bv = variant(
+    "SigLIP_B32_bv", ViT, **B, patch_size=32, **SIGLIP, params=94_540_800, macs=4_385_435_136, weights=_siglip("b32", 256)
+)
 SigLIP_L16_bv = variant(
-    "SigLIP_L16_bv", ViT, **L, patch_size=16, **SIGLIP, params=315_894_784,
+    "SigLIP_L16_bv", ViT, **L, patch_size=16, **SIGLIP, params=315_894_784, macs=61_654_310_912,
     weights=_siglip("l16", 256, 384, 512, webli_256="en_l16_256_60552751", webli_384="en_l16_384_63634585"),
 )  # fmt: skip
 SigLIP_So400m14_bv = variant(
-    "SigLIP_So400m14_bv", ViT, **SO400M, patch_size=14, **SIGLIP, params=427_680_704,
+    "SigLIP_So400m14_bv", ViT, **SO400M, patch_size=14, **SIGLIP, params=427_680_704, macs=110_176_948_224,
     weights=_siglip("so400m14", 224, 384, webli_224="en_so400m_224_57633886", webli_384="en_so400m_384_58765454"),
 )  # fmt: skip
 SigLIP_So400m16_bv = variant(
-    "SigLIP_So400m16_bv", ViT, **SO400M, patch_size=16, **SIGLIP, params=427_818_944, weights=_siglip("so400m16", 256, 384, 512)
+    "SigLIP_So400m16_bv",
+    ViT,
+    **SO400M,
+    patch_size=16,
+    **SIGLIP,
+    params=427_818_944,
+    macs=83_666_248_704,
+    weights=_siglip("so400m16", 256, 384, 512),
 )
 SigLIP_g16_bv = variant(
-    "SigLIP_g16_bv", ViT, **G_OPT, patch_size=16, **SIGLIP, params=1_163_076_096, weights=_siglip("g-opt16", 256, 384)
+    "SigLIP_g16_bv",
+    ViT,
+    **G_OPT,
+    patch_size=16,
+    **SIGLIP,
+    params=1_163_076_096,
+    macs=227_863_375_872,
+    weights=_siglip("g-opt16", 256, 384),
 )
