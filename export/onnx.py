@@ -1,0 +1,163 @@
+"""Writes a model as an ONNX file: input "images", float32 (batch, H, W, 3) in [0, 1], output "logits" or "feature_vector".
+
+    python -m export.onnx ViT_B16 --weights=augreg+imagenet2012 --out=ViT_B16.onnx [--opset=18] [--dataset=digits]
+
+The checkpoint's preprocessing is inside, the batch is open, all is float32. The file is checked by `onnx.checker` and run by ONNX
+Runtime on real images before it gets its name; one that differs from the Keras model by more than 1e-5 is not written. Needs
+`pip install -e '.[export]'` and the TensorFlow backend.
+"""
+
+import os
+import sys
+
+import keras
+import numpy as np
+
+from export import common
+from keras_vit import errors
+
+OPSET = 18  # the latest that tf2onnx writes
+OLDEST = 13  # the first whose softmax and products of tensors mean what TensorFlow's do
+TOLERANCE = 1e-5  # absolute for outputs up to 1, relative above
+BATCH = 8  # images in a call that is timed
+
+
+def convert(model, path, *, opset=OPSET):
+    """Writes a Keras model as an ONNX file, if it reproduces the model.
+
+    Args:
+        model: with one image input of fixed size.
+        path: the `.onnx` file; replaced in one step.
+        opset: version of the operators, 13 to 18.
+
+    Returns:
+        (largest difference from the Keras model on real images, its largest output).
+
+    Raises:
+        errors.ExportError: it cannot be converted, or the file does not give the model's outputs; `path` is as it was.
+    """
+    common.need_tensorflow("export.onnx")
+    if not isinstance(opset, int) or not OLDEST <= opset <= OPSET:
+        raise errors.ArgumentError(
+            f"export.onnx: expected an opset from {OLDEST} to {OPSET}, which tf2onnx writes, got {opset!r}."
+        )
+    with common.writing(path, ".onnx") as temporary:
+        made = _converted(model, opset)
+        with open(temporary, "wb") as file:
+            file.write(made.SerializeToString())
+        difference, largest = common.difference(open_file(temporary), model)
+        tolerance = TOLERANCE * max(1.0, largest)
+        if not difference <= tolerance:  # so that nan fails too
+            raise errors.ExportError(
+                f"export.onnx of {model.name!r} to {path}: expected the model's outputs within {tolerance:.1e}, got a difference "
+                f"of {difference:.1e}. Look for nan weights; nothing was written."
+            )
+    return difference, largest
+
+
+def open_file(path):
+    """The `predict` of an ONNX file, by ONNX Runtime on the CPU: float32 images in [0, 1] -> numpy array.
+
+    Raises:
+        errors.ExportError: the runtime is missing or refuses the file.
+    """
+    runtime = _imported("onnxruntime")
+    try:
+        session = runtime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
+    except Exception as error:  # its classes are bound in C++ and share no other base
+        raise errors.ExportError(f"{path}: expected a file that ONNX Runtime opens, got {error}") from error
+    (given,), (taken,) = session.get_inputs(), session.get_outputs()
+    return lambda images: session.run([taken.name], {given.name: np.asarray(images, np.float32)})[0]
+
+
+def _converted(model, opset):
+    onnx, tf2onnx = _imported("onnx"), _imported("tf2onnx")
+    handlers = {"Erfc": (_erfc, [])}
+    function, weights = _of_weights(model)
+    made, _ = tf2onnx.convert.from_function(function, function.input_signature, opset=opset, custom_op_handlers=handlers)
+    _fill(made.graph, weights)
+    foreign = {node.op_type for node in made.graph.node if node.domain not in ("", "ai.onnx")}
+    strange = foreign | {node.op_type for node in made.graph.node if not onnx.defs.has(node.op_type)}
+    if strange:  # tf2onnx writes what it does not know under TensorFlow's name, and says so in a log only
+        raise errors.ExportError(
+            f"export.onnx of {model.name!r}: expected operators of ONNX only, got {sorted(strange)}; replace the layers that use "
+            "them. Nothing was written."
+        )
+    onnx.checker.check_model(made, full_check=True)
+    return made
+
+
+def _of_weights(model):
+    """(function of images and weights, {name of an input: Keras variable}): tf2onnx takes 60 times the bytes of constants."""
+    import tensorflow as tf
+
+    served = common.served(model)
+    weights = {f"weight_{i}": variable for i, variable in enumerate(model.weights) if variable.dtype == "float32"}
+
+    def call(images, *values):
+        with keras.StatelessScope(state_mapping=list(zip(weights.values(), values))):
+            return served.python_function(images)
+
+    specs = [tf.TensorSpec(variable.shape, tf.float32, name=name) for name, variable in weights.items()]
+    return tf.function(call, input_signature=[*served.input_signature, *specs], autograph=False), weights
+
+
+def _fill(graph, weights):
+    """Turns the inputs of an ONNX graph that are weights into constants with the values and paths of the Keras variables."""
+    from onnx import numpy_helper
+
+    used = {name for node in graph.node for name in node.input} & set(weights)
+    for node in graph.node:
+        node.input[:] = [weights[name].path if name in weights else name for name in node.input]
+    graph.initializer.extend(
+        numpy_helper.from_array(keras.ops.convert_to_numpy(weights[name]), weights[name].path) for name in sorted(used)
+    )
+    images = [each for each in graph.input if each.name not in weights]
+    del graph.input[:]
+    graph.input.extend(images)
+
+
+def _erfc(context, node, name, arguments):
+    """erfc(x), which is in the exact GELU and which ONNX lacks, as 1 - erf(x)."""
+    import tf2onnx.constants
+
+    del name, arguments
+    dtype, shape = context.get_dtype(node.output[0]), context.get_shape(node.output[0])
+    inputs, outputs, given = list(node.input), list(node.output), node.name
+    context.remove_node(node.name)
+    erf = context.make_node("Erf", inputs, dtypes=[dtype], shapes=[shape], domain=tf2onnx.constants.ONNX_DOMAIN)
+    one = context.make_const(f"{given}_one", np.ones((), np.float32))
+    context.make_node("Sub", [one.output[0], erf.output[0]], name=given, outputs=outputs, dtypes=[dtype], shapes=[shape])
+
+
+def _imported(name):
+    import importlib
+
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise errors.ExportError(
+            f"export.onnx: expected the package {name}, which cannot be imported ({error}); pip install -e '.[export]'."
+        ) from error
+
+
+@common.command
+def main(argv=None):
+    parser = common.parser(__doc__)
+    parser.add_argument("--opset", type=int, default=OPSET, help=f"{OLDEST} to {OPSET} (default: %(default)s)")
+    options = parser.parse_args(argv)
+    common.need_tensorflow("export.onnx")
+    model = common.build(options.model, options.weights, input_shape=common.shape_of(options.size), classes=options.classes)
+    difference, largest = convert(model, options.out, opset=options.opset)
+    predict = open_file(options.out)
+    images = common.unit(common.real_images(BATCH, tuple(model.input_shape[1:3])))
+    common.report(
+        options.out, model, weights=options.weights, opset=options.opset, difference=difference, largest=largest,
+        images_per_second=common.rate(predict, images), batch=BATCH,
+        top1=common.accuracies(predict, model, options.dataset, options.split), as_json=options.json,
+    )  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""Writes a model back as its authors' `.npz` file, loads that into a fresh model and compares every weight, bit for bit.
+
+    python -m export.originals ViT_B16 --weights=augreg --out=B_16.npz [--layout=linen]
+    python -m export.originals runs/flowers/model.keras --out=flowers.npz
+
+--layout is one of the family's spellings, by default the one that the weights were read from; a file read in a narrower type is
+written in it again where it holds the values. All families here were released as `.npz`.
+"""
+
+import sys
+
+import numpy as np
+
+import keras_vit
+from export import common
+from keras_vit import errors
+from keras_vit.checkpoints import load
+
+BATCH = 8  # images in a call that is timed
+
+
+def write(model, path, *, layout=None):
+    """Writes a model's weights in an original layout, if a fresh model that loads them has the same bits.
+
+    Args:
+        model: built by keras_vit.
+        path: the `.npz` file; replaced in one step.
+        layout: of the family; see `keras_vit.save_npz`.
+
+    Returns:
+        The fresh model.
+
+    Raises:
+        errors.ArgumentError: no such layout, or another ending. errors.ExportError: a weight comes back with other bits; `path`
+            is as it was.
+    """
+    if not str(path).endswith(".npz"):
+        raise errors.ArgumentError(
+            f"--out={path}: expected an .npz file, in which the authors of {model.family} released it; the .pth and .safetensors "
+            "files of other families can be written when keras_vit has these families. Name it .npz."
+        )
+    fresh = type(model).from_config(model.get_config())
+    with common.writing(path, ".npz") as temporary:
+        keras_vit.save_npz(model, temporary, layout)
+        keras_vit.load_weights(fresh, temporary)
+        pairs = zip(model.weights, fresh.weights, strict=True)
+        other = [old.path for old, new in pairs if not np.array_equal(_bits(old), _bits(new))]
+        if other:
+            raise errors.ExportError(
+                f"export.originals of {model.name!r} to {path}: expected every weight to come back with its bits, got others in "
+                f"{other[:5]} ({len(other)} of {len(model.weights)}). Nothing was written; please report it."
+            )
+    return fresh
+
+
+def _bits(variable):
+    return np.ascontiguousarray(load.to_numpy(variable)).view(np.uint8)
+
+
+@common.command
+def main(argv=None):
+    parser = common.parser(__doc__, "model", "--weights", "--out", "--size", "--classes", "--json")
+    parser.add_argument("--layout", help="see `keras-vit inspect MODEL:TAG` for that of a file")
+    options = parser.parse_args(argv)
+    model = common.build(options.model, options.weights, input_shape=common.shape_of(options.size), classes=options.classes)
+    fresh = write(model, options.out, layout=options.layout)
+    predict = common.keras_predict(fresh)
+    difference, largest = common.difference(predict, model)
+    images = common.unit(common.real_images(BATCH, tuple(model.input_shape[1:3])))
+    common.report(
+        options.out, model, weights=options.weights, layout=fresh.weights_info["layout"],
+        adapted=model.weights_info["adapted"] or None, same_bits=True, difference=difference, largest=largest,
+        images_per_second=common.rate(predict, images), batch=BATCH, as_json=options.json,
+    )  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
