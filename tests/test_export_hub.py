@@ -240,12 +240,24 @@ def test_mistakes_of_a_collection_are_told(tmp_path, capsys):
     assert "expected the index of a collection" in capsys.readouterr().err
 
 
+class Later:
+    """Whether so many seconds have passed since a folder was first seen to have more than `had` modules."""
+
+    def __init__(self, out, had, seconds):
+        self.out, self.had, self.seconds, self.since = out, had, seconds, None
+
+    def __call__(self):
+        if self.since is None and len(index(self.out)) > self.had:
+            self.since = time.monotonic()
+        return self.since is not None and time.monotonic() > self.since + self.seconds
+
+
 @pytest.mark.slow
 def test_all_toys_are_made_through_kills_at_random_instants(tmp_path):
     out, rng, kills, done = tmp_path / "mu", random.Random(0), 0, {}
     while True:
-        moment = time.monotonic() + rng.uniform(5, 25)
-        if not killed(out, [], lambda moment=moment: time.monotonic() > moment):
+        late = Later(out, len(done), rng.uniform(0, 20))
+        if not killed(out, [], late):
             break
         kills += 1
         for name, before in done.items():
