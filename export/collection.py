@@ -41,7 +41,7 @@ from export import common
 from export import hub as modules
 from keras_vit import errors, zoo
 from keras_vit.checkpoints import augreg, fetch, files
-from keras_vit.explain import cost
+from keras_vit.hub.manifest import digest_of
 
 CLASSIFICATION, FEATURES = "classification", "feature_vector"
 ENDINGS = {CLASSIFICATION: "classification", FEATURES: "fe"}
@@ -113,8 +113,8 @@ def make(item, out, publisher):
     record, info = keras_vit.hub.verify(path), model.weights_info
     return dict(
         **_asked(item, publisher), module=item.name, archive=packed.name, archive_sha256=sha256,
-        archive_bytes=packed.stat().st_size, digest=keras_vit.hub.digest(path), parameters=record["parameters"],
-        macs=cost.cost(modules.reference(model, item.task)).macs, source=info["source"], source_sha256=info["sha256"],
+        archive_bytes=packed.stat().st_size, digest=digest_of(record["files"]), parameters=record["parameters"],
+        macs=record["macs"], source=info["source"], source_sha256=info["sha256"],
         licence=info["licence"],
     )  # fmt: skip
 
@@ -130,8 +130,7 @@ def missing(item, out, entry, publisher):
     if any(entry.get(key) != value for key, value in _asked(item, publisher).items()):
         return "made of something else"
     try:
-        keras_vit.hub.verify(out / item.name)
-        if keras_vit.hub.digest(out / item.name) != entry["digest"]:
+        if digest_of(keras_vit.hub.verify(out / item.name)["files"]) != entry["digest"]:
             return "its files are other ones than the index says"
         if fetch.sha256(out / entry["archive"]) != entry["archive_sha256"]:
             return "its archive is another one than the index says"

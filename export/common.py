@@ -26,6 +26,8 @@ from keras_vit.checkpoints import files
 from keras_vit.evaluation import classify
 from keras_vit.evaluation.sample import training_sample
 
+BATCH = 8  # images in a call that is timed
+TOLERANCE = 1e-5  # of a file in float32; absolute for outputs up to 1, relative above
 ROUNDS = 7  # of which the median counts
 RANDOM = "none"  # the value of --weights that asks for no checkpoint
 LARGEST = 2**31 - 2**24  # bytes of weights that fit into a file of protocol or flat buffers, beside its graph
@@ -233,6 +235,18 @@ def difference(predict, model, count=8):
     return float(np.max(np.abs(got - expected))), float(np.max(np.abs(expected)))
 
 
+def checked(predict, model, where, tolerance=TOLERANCE):
+    """`difference`, or ExportError, naming `where`, if it is above the tolerance or no number."""
+    found, largest = difference(predict, model)
+    allowed = tolerance * max(1.0, largest)
+    if not found <= allowed or not np.isfinite(found):
+        raise errors.ExportError(
+            f"{where}: expected the model's outputs within {allowed:.1e}, got a difference of {found:.1e}. Look for nan weights; "
+            "nothing was written."
+        )
+    return found, largest
+
+
 def rate(predict, images, rounds=ROUNDS):
     """Images per second, the median of so many calls with this batch; a call before them does not count."""
     predict(images)
@@ -242,6 +256,12 @@ def rate(predict, images, rounds=ROUNDS):
         predict(images)
         seconds.append(time.perf_counter() - began)
     return len(images) / statistics.median(seconds)
+
+
+def speed(predict, model, batch=BATCH):
+    """The figures of `report` that say how fast a `predict` of a model's images is."""
+    images = unit(real_images(batch, tuple(model.input_shape[1:3])))
+    return dict(images_per_second=rate(predict, images), batch=batch)
 
 
 def batches(model, dataset, split, batch=32, count=None):

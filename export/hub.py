@@ -20,22 +20,17 @@ import numpy as np
 
 import keras_vit
 from export import common
-from keras_vit import errors, zoo
+from keras_vit import errors
 from keras_vit.checkpoints import fetch, files
+from keras_vit.hub import graph
 
-BATCH = 8  # images in a call that is timed
 TASKS = ("classification", "feature_vector", "tokens")
 LEVEL = 1  # of gzip: weights hardly shrink, whatever it tries
 
 
 def reference(model, task):
     """The part of a Keras model that gives what its module for a task gives."""
-    names = {layer.name for layer in model.layers}
-    if task == "tokens" and "encoder_norm" in names:
-        return keras.Model(model.inputs, zoo.tap(model, "encoder_norm"))
-    if task == "feature_vector" and "head" in names:
-        return keras.Model(model.inputs, zoo.tap_input(model, "head"))
-    return common.logits_model(model) if task == "classification" else model
+    return keras.Model(model.inputs, graph.output(model, task, model.name))
 
 
 def predicts(module, model, task, input_range="unit"):
@@ -118,11 +113,11 @@ def main(argv=None):
         archive(path, packed)
     module = tf.saved_model.load(str(path))
     of_module, of_keras = predicts(module, model, options.task, options.input_range)
-    images = common.unit(common.real_images(BATCH, tuple(model.input_shape[1:3])))
+    images = common.unit(common.real_images(common.BATCH, tuple(model.input_shape[1:3])))
     expected, got = of_keras(images), of_module(images)
     common.report(
         path, model, task=options.task, difference=float(np.max(np.abs(got - expected))),
-        largest=float(np.max(np.abs(expected))), images_per_second=common.rate(of_module, images), batch=BATCH,
+        largest=float(np.max(np.abs(expected))), images_per_second=common.rate(of_module, images), batch=common.BATCH,
         keras_images_per_second=round(common.rate(of_keras, images), 1), digest=keras_vit.hub.digest(path),
         archive=packed and str(packed), archive_bytes=packed and packed.stat().st_size, as_json=options.json,
     )  # fmt: skip

@@ -27,9 +27,7 @@ from export import common
 from keras_vit import errors
 
 QUANTIZED = ("none", "float16", "dynamic", "int8")
-TOLERANCE = 1e-5  # of float32; absolute for outputs up to 1, relative above
 REPRESENTATIVE = 128  # images on which int8 sees its ranges
-BATCH = 8  # images in a call that is timed, where the batch is open
 
 
 def convert(model, path, *, quantize="none", representative=None):
@@ -58,14 +56,8 @@ def convert(model, path, *, quantize="none", representative=None):
     function = common.served(model, batch=1 if quantize == "int8" else None)
     with common.writing(path, ".tflite") as temporary:
         Path(temporary).write_bytes(_converted(function, model, quantize, representative))
-        difference, largest = common.difference(open_file(temporary), model)
-        tolerance = TOLERANCE * max(1.0, largest) if quantize == "none" else np.inf
-        if not difference <= tolerance or not np.isfinite(difference):
-            raise errors.ExportError(
-                f"export.litert of {model.name!r} to {path}: expected the model's outputs within {tolerance:.1e}, got a "
-                f"difference of {difference:.1e}. Look for nan weights; nothing was written."
-            )
-    return difference, largest
+        tolerance = common.TOLERANCE if quantize == "none" else np.inf
+        return common.checked(open_file(temporary), model, f"export.litert of {model.name!r} to {path}", tolerance)
 
 
 def open_file(path):
@@ -149,11 +141,10 @@ def main(argv=None):
     if options.representative is not None:
         seen = [images for images, _ in common.batches(model, options.representative, "train", count=REPRESENTATIVE)]
     difference, largest = convert(model, options.out, quantize=options.quantize, representative=seen)
-    predict, batch = open_file(options.out), 1 if options.quantize == "int8" else BATCH
-    images = common.unit(common.real_images(batch, tuple(model.input_shape[1:3])))
+    predict = open_file(options.out)
     common.report(
         options.out, model, weights=options.weights, quantize=options.quantize, difference=difference, largest=largest,
-        images_per_second=common.rate(predict, images), batch=batch,
+        **common.speed(predict, model, 1 if options.quantize == "int8" else common.BATCH),
         top1=common.accuracies(predict, model, options.dataset, options.split), as_json=options.json,
     )  # fmt: skip
     return 0

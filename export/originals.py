@@ -16,8 +16,6 @@ from export import common
 from keras_vit import errors
 from keras_vit.checkpoints import load
 
-BATCH = 8  # images in a call that is timed
-
 
 def write(model, path, *, layout=None):
     """Writes a model's weights in an original layout, if a fresh model that loads them has the same bits.
@@ -66,11 +64,10 @@ def main(argv=None):
     fresh = write(model, options.out, layout=options.layout)
     predict = common.keras_predict(fresh)
     difference, largest = common.difference(predict, model)
-    images = common.unit(common.real_images(BATCH, tuple(model.input_shape[1:3])))
     common.report(
         options.out, model, weights=options.weights, layout=fresh.weights_info["layout"],
         adapted=model.weights_info["adapted"] or None, same_bits=True, difference=difference, largest=largest,
-        images_per_second=common.rate(predict, images), batch=BATCH, as_json=options.json,
+        **common.speed(predict, model), as_json=options.json,
     )  # fmt: skip
     return 0
 

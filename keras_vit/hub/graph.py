@@ -63,7 +63,7 @@ def check(model, form, where):
             f"FlexiViT), got {model.name!r} of family {getattr(model, 'family', None)}. Mixer's weights fix the number of its "
             "tokens; export one module for each size with image_size='fixed'."
         )
-    _output(model, form.task, where)
+    output(model, form.task, where)
 
 
 def write(model, folder, form):
@@ -169,7 +169,7 @@ def _multiply_adds(model):
         return None
 
 
-def _output(model, task, where):
+def output(model, task, where):
     """The KerasTensor that a task's module gives."""
     names = [layer.name for layer in model.layers]
     if task == "classification":
@@ -196,7 +196,7 @@ def _output(model, task, where):
 
 def _whole(model, task):
     """The model of all that the signature "features" gives: {name: tensor}, blocks and attention scores among them."""
-    main = _output(model, task, model.name)
+    main = output(model, task, model.name)
     part = keras.Model(model.inputs[0], main)
     found = {}
     for layer in part.layers:

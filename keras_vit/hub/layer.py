@@ -143,14 +143,13 @@ def _checked(handle, digest):
     if not os.path.isfile(os.path.join(folder, "saved_model.pb")):
         raise ArgumentError(f"{handle}: expected the folder of a module, with saved_model.pb, got none. Pass what export wrote.")
     if digest is None:
-        return folder, _names(folder)
-    found = manifest.digest(folder)
+        return folder, _names(manifest.verify(folder))
+    record = manifest.verify(folder) if os.path.exists(os.path.join(folder, manifest.MANIFEST)) else None
+    found = manifest.digest_of(record["files"]) if record else manifest.digest(folder)
     if found != str(digest).lower():
         raise IntegrityError(f"{handle}: expected a module of digest {digest}, got {found}. Get the right one, or pin this one.")
-    has_manifest = os.path.exists(os.path.join(folder, manifest.MANIFEST))
-    return folder, _names(folder) if has_manifest else None
+    return folder, record and _names(record)
 
 
-def _names(folder):
-    """Of the variables of a module that this package exported, whose files are as they were."""
-    return [variable["name"] for variable in manifest.verify(folder)["variables"]]
+def _names(record):
+    return [variable["name"] for variable in record["variables"]]

@@ -54,6 +54,15 @@ def aligned(old, new):
     return ops.cast(ops.where(at <= old - 1, hats, 0.0), "float32")
 
 
+def resampled(x, rows, columns):
+    """(h, w, ...) -> (h', w', ...) float32: a matrix (h', h) along the rows, then one (w', w) along the columns."""
+    rows, columns = ops.cast(rows, "float32"), ops.cast(columns, "float32")
+    (h, w), rest, new_h, new_w = x.shape[:2], x.shape[2:], ops.shape(rows)[0], ops.shape(columns)[0]
+    x = ops.matmul(rows, ops.reshape(ops.cast(x, "float32"), (h, -1)))
+    x = ops.matmul(columns, ops.reshape(x, (new_h, w, -1)))
+    return ops.reshape(x, (new_h, new_w, *rest))
+
+
 @keras.saving.register_keras_serializable("keras_vit")
 class Tokens(keras.layers.Layer):
     """(b, h, w, d) -> (b, n, d): rows of the grid one after the other, a class token before them, plus positions.
@@ -97,12 +106,10 @@ class Tokens(keras.layers.Layer):
             return self.positions
         if self.kind == "sincos2d":
             return ops.cast(sincos2d(*grid, self.positions.shape[-1], ops), "float32")
-        table = ops.cast(self.positions, "float32")
+        table, d = ops.cast(self.positions, "float32"), self.positions.shape[-1]
         before = self.class_token and self.class_position
-        (_, w), d = self.grid, table.shape[-1]
-        down, across = map(self.line, self.grid, grid)
-        rows = ops.matmul(down, ops.reshape(table[0, before:], (-1, w * d)))
-        rows = ops.reshape(ops.matmul(across, ops.reshape(rows, (-1, w, d))), (1, -1, d))
+        rows = resampled(ops.reshape(table[0, before:], (*self.grid, d)), *map(self.line, self.grid, grid))
+        rows = ops.reshape(rows, (1, -1, d))
         return ops.concatenate([table[:, :1], rows], axis=1) if before else rows
 
     line = staticmethod(aligned)  # (old side, new side) -> the matrix that resamples positions along it

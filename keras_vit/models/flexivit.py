@@ -9,12 +9,14 @@ import math
 import numbers
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_vit import errors
 from keras_vit.checkpoints.adapt import antialiased, pi_matrices
 from keras_vit.checkpoints.weights import BIG_VISION_LICENCE, IMAGENET21K, google
 from keras_vit.layers import Block, ClassToken, MapHead, MeanTokens, PatchTokens, Tokens
+from keras_vit.layers.embed import resampled
 from keras_vit.models import vit
 from keras_vit.models.vit import POOLINGS, POSITIONS, B, L, S, depth
 from keras_vit.zoo import Contract, Family, Model, builder, calls, variant
@@ -22,14 +24,6 @@ from keras_vit.zoo import Contract, Family, Model, builder, calls, variant
 CLASSIFIERS = ("token", "gap", "map")
 RESOLUTION = 240  # pixels; divisible by all of PATCH_SIZES
 PATCH_SIZES = (48, 40, 30, 24, 20, 16, 15, 12, 10, 8)  # drawn alike in training: configs/proj/flexivit/i21k_sup.py
-
-
-def _resized(x, rows, columns):
-    """(h, w, ...) -> (h', w', ...) float32: a matrix (h', h) along the rows, then one (w', w) along the columns."""
-    (new_h, h), (new_w, w), rest = rows.shape, columns.shape, x.shape[2:]
-    x = ops.matmul(rows.astype("float32"), ops.reshape(ops.cast(x, "float32"), (h, -1)))
-    x = ops.matmul(columns.astype("float32"), ops.reshape(x, (new_h, w, -1)))
-    return ops.reshape(x, (new_h, new_w, *rest))
 
 
 @keras.saving.register_keras_serializable("keras_vit")
@@ -58,7 +52,7 @@ class FlexiPatches(keras.layers.Layer):
     def kernel_at(self, patch_size):
         """(h, w, c, d): the kernel for patches of another size (h, w)."""
         stored, used = tuple(self.stored_patch_size), tuple(patch_size)
-        return _resized(self.kernel, *pi_matrices(stored, used)) if used != stored else ops.convert_to_tensor(self.kernel)
+        return resampled(self.kernel, *pi_matrices(stored, used)) if used != stored else ops.convert_to_tensor(self.kernel)
 
     def call(self, x, patch_size):
         kernel = ops.cast(self.kernel_at(patch_size), x.dtype)
@@ -113,8 +107,7 @@ class FlexiTokens(Tokens):
 
     @staticmethod
     def line(old, new):
-        known = isinstance(new, int)
-        return antialiased(old, new).astype("float32") if known else ops.cast(antialiased(old, new, ops), "float32")
+        return antialiased(old, new, np if isinstance(new, int) else ops)
 
 
 @keras.saving.register_keras_serializable("keras_vit")
