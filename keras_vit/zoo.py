@@ -64,7 +64,7 @@ class Model(keras.Model):
         variant: name of the registered row, or the builder's.
         weights_info: dict: source, sha256, layout, resolution, classes, licence, preprocessing (see `Pixels`),
             include_preprocessing, adapted, ignored, reset (lists of text), stored (types of arrays that were no float32),
-            zero_head.
+            constants (of arrays that were no weights, see `checkpoints.load.save`), zero_head.
     """
 
     _facts = {}  # replaced, never changed in place: a clone by Keras starts without any
@@ -306,7 +306,7 @@ class Contract:
         info = dict(
             source=None, sha256=None, layout=None, resolution=None, classes=self.classes if self.include_top else None,
             licence=None, preprocessing=self.pixels.asdict(), include_preprocessing=bool(self.include_preprocessing),
-            adapted=[], ignored=[], reset=[], stored={}, zero_head=False,
+            adapted=[], ignored=[], reset=[], stored={}, constants=None, zero_head=False,
         )  # fmt: skip
         model.remember(family=self.family.name, variant=name, outside=outside, weights_info=info)
         if self.record:
@@ -394,7 +394,7 @@ def _read_as(archive, family):
         shapes, unknown = {}, []
         for original, (shape, _) in archive.entries.items():
             claims = names.to_ours(original, min(shape[0], load.MAX_LAYERS) if shape else 1)
-            if not claims and not names.is_beside(original):
+            if not claims and not names.is_beside(original) and not names.constant(original):
                 unknown.append(original)
             for ours, transform, layer in claims:
                 if not transform.index:
@@ -498,7 +498,7 @@ def load_weights(model, path, *, ignore=(), reset_head=False, grid=None, resize_
     archive = path if isinstance(path, files.Npz) else _open(path)
     wanted = _wanted(model, archive, ignore=ignore, reset_head=reset_head, grid=grid, resize_patches=resize_patches)
     try:
-        done = load.load(**wanted, what=f"{model.variant} ({model.name!r})")
+        done = load.load(**wanted, grid=_recorded_grid(archive), what=f"{model.variant} ({model.name!r})")
     except errors.CheckpointMismatchError as error:
         raise errors.CheckpointMismatchError(f"{error}\n{_resembles(identify(archive))}") from error
     zero = "head/kernel" in done.pop("zeros")
@@ -542,8 +542,9 @@ def save_npz(model, path, layout=None):
     if layout not in family.layouts:
         raise errors.ArgumentError(f"save_npz: layout must be one of {', '.join(family.layouts)}, got {layout!r}.")
     grid = family.grid(model)
-    metadata = {"grid": list(grid)} if grid and grid[0] != grid[1] else None
-    load.save(_weights(model), path, family.layouts[layout], metadata, info["stored"] if layout == info["layout"] else None)
+    grid = grid if grid and grid[0] != grid[1] else None
+    own = {key: info.get(key) for key in ("stored", "constants")} if layout == info["layout"] else {}
+    load.save(_weights(model), path, family.layouts[layout], grid and {"grid": list(grid)}, grid=grid, **own)
 
 
 def preprocess_input(x, model=None):

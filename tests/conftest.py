@@ -26,7 +26,7 @@ def randomise(model, seed=0):
     rng = np.random.default_rng(seed)
     for weight in model.weights:
         name = weight.path.rpartition("/")[2]
-        center = 1.0 if name == "gamma" else 0.0
+        center = 1.0 if name in ("gamma", "moving_variance") else 0.0
         weight.assign(center + 0.1 * rng.standard_normal(weight.shape))
     return model
 

@@ -5,9 +5,10 @@ from conftest import GOLDENS, randomise
 
 import keras_vit
 from keras_vit import errors, zoo
-from keras_vit.checkpoints import adapt, files
-from keras_vit.checkpoints.names import Names, Piece, Template, rule
-from keras_vit.checkpoints.transforms import Part, Wrapped
+from keras_vit.checkpoints import adapt, files, load
+from keras_vit.checkpoints.dialects import torch
+from keras_vit.checkpoints.names import Names, Piece, Template, constant, rule
+from keras_vit.checkpoints.transforms import Part, Turned, Wrapped
 from keras_vit.models import vit
 
 CASE = GOLDENS / "vit" / "token_p16_rep"
@@ -77,6 +78,82 @@ def test_arrays_behind_axes_of_length_one_are_unwrapped_and_wrapped_again():
     wrapped.place(np.arange(4.0).reshape(1, 1, 1, 4), weight)
     np.testing.assert_array_equal(weight, np.arange(4))
     assert wrapped.take(weight).shape == wrapped.file_shape((4,)) == (1, 1, 1, 4)
+
+
+@pytest.mark.parametrize(
+    ("turned", "shape", "file_shape"),
+    [
+        (torch.MATRIX, (6, 4), (4, 6)),
+        (torch.FILTER, (3, 2, 5, 7), (7, 5, 3, 2)),
+        (Turned((1, 2, 3, 0), (3, 1)), (6, 3, 2, 4), (24, 6)),
+        (Turned((2, 0, 1), (1, 2)), (2, 4, 6), (6, 8)),
+        (Turned((1, 2, 0), (2, 1), Part(1, 3, 1)), (6, 3, 2, 4), (8, 6)),
+    ],
+)
+def test_turned_arrays_are_placed_and_taken_at_the_same_place(turned, shape, file_shape):
+    assert turned.file_shape(shape) == file_shape
+    array = np.arange(np.prod(file_shape), dtype="float32").reshape(file_shape)
+    weight = np.zeros(shape, "float32")
+    turned.place(array, weight)
+    np.testing.assert_array_equal(turned.take(weight), array)
+
+
+def test_a_matrix_of_pytorch_acts_as_ours_on_queries_and_outputs():
+    x, rng = np.ones((1, 6)), np.random.default_rng(0)
+    fused, out = rng.standard_normal((24, 6)), rng.standard_normal((6, 8))
+    ours, back = np.zeros((6, 3, 2, 4)), np.zeros((2, 4, 6))
+    torch.qkv("a", "b")[0].transform.place(fused, ours)
+    torch.attention_out("a", "b")[0].transform.place(out, back)
+    values = (x @ fused.T).reshape(1, 3, 2, 4)
+    np.testing.assert_allclose(np.einsum("bd,dphk->bphk", x, ours), values)
+    np.testing.assert_allclose(np.einsum("bhk,hkd->bd", values[:, 0], back), values[:, 0].reshape(1, 8) @ out.T)
+
+
+COUNTED = Names(torch.batch_norm("bn", "bn"), constant("index", "bn/gamma", lambda shape, grid: np.arange(shape[0])))
+
+
+def counted(**changes):
+    """Weights of a batch norm, and the arrays of its file with `changes`."""
+    layer = keras.layers.BatchNormalization(name="bn")
+    layer.build((None, 3))
+    weights = {f"bn/{weight.name}": weight for weight in layer.weights}
+    one = np.arange(1, 4, dtype="float32")
+    arrays = {f"bn.{name}": one * i for i, name in enumerate(("weight", "bias", "running_mean", "running_var"), 1)}
+    arrays |= {"bn.num_batches_tracked": np.int64(100), "index": np.arange(3), **changes}
+    return weights, {name: array for name, array in arrays.items() if array is not None}
+
+
+@pytest.mark.parametrize("left_out", [None, "index"])
+def test_arrays_that_are_no_weights_are_written_back_as_they_were(tmp_path, left_out):
+    weights, arrays = counted(**({left_out: None} if left_out else {}))
+    files.write(tmp_path / "file.npz", arrays)
+    done = load.load(weights, files.Npz(tmp_path / "file.npz"), {"own": COUNTED})
+    np.testing.assert_array_equal(load.to_numpy(weights["bn/moving_variance"]), [4, 8, 12])
+    load.save(weights, tmp_path / "again.npz", COUNTED, stored=done["stored"], constants=done["constants"])
+    again = files.Npz(tmp_path / "again.npz")
+    assert set(again.entries) == set(arrays)
+    for name, array in arrays.items():
+        assert again.exact(name).dtype == array.dtype
+        np.testing.assert_array_equal(again.exact(name), array)
+
+
+def test_a_model_from_no_file_writes_the_arrays_that_are_no_weights_too(tmp_path):
+    load.save(counted()[0], tmp_path / "new.npz", COUNTED)
+    new = files.Npz(tmp_path / "new.npz")
+    assert new.exact("bn.num_batches_tracked") == 0
+    np.testing.assert_array_equal(new.exact("index"), np.arange(3))
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [({"index": np.arange(3)[::-1]}, "index: expected int64"), ({"bn.num_batches_tracked": np.arange(2)}, "one whole number")],
+)
+def test_arrays_that_are_no_weights_and_are_wrong_are_refused_by_name(tmp_path, changes, match):
+    weights, arrays = counted(**changes)
+    files.write(tmp_path / "file.npz", arrays)
+    with pytest.raises(errors.CheckpointMismatchError, match=match):
+        load.load(weights, files.Npz(tmp_path / "file.npz"), {"own": COUNTED})
+    assert not load.to_numpy(weights["bn/beta"]).any()
 
 
 def test_a_rule_that_stacks_leads_from_one_array_to_every_block_and_back():

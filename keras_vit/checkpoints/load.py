@@ -52,6 +52,7 @@ class Plan:
     targets: dict = dataclasses.field(default_factory=dict)  # original name -> [(our name, transform, layer)]
     ignored: list = dataclasses.field(default_factory=list)
     adapted: dict = dataclasses.field(default_factory=dict)  # adapter -> ({our name: original name}, what it does or None)
+    constants: dict = dataclasses.field(default_factory=dict)  # original name -> (original name of the weight beside it, make)
     problems: dict = dataclasses.field(default_factory=dict)  # heading -> [entries]
 
     def blame(self, heading, entry):
@@ -74,7 +75,16 @@ def _plan(layout, names, weights, archive, adapters, ignore, reset):
             wanted.setdefault(original, []).append((ours, transform, layer))
     for original, (shape, _) in archive.entries.items():
         claims = names.to_ours(original, min(shape[0], MAX_LAYERS) if shape else 1)
-        if not claims:
+        constant = None if claims else names.constant(original)
+        if constant:
+            ours, make = constant
+            if _matches(ours, ignore):
+                plan.ignored.append(original)
+            elif ours in pieces:
+                plan.constants[original] = pieces[ours][0].original, make
+            else:
+                plan.blame("names in the file for a weight that the model does not have", f"{original} (beside our {ours})")
+        elif not claims:
             if names.is_beside(original):
                 plan.ignored.append(original)
             else:
@@ -147,6 +157,33 @@ def _scan(plan, weights, archive):
     return [ours for ours, largest in largests.items() if not largest]
 
 
+def _constants(plan, archive, grid):
+    """{original name: [dtype, values], or None where they are made again}, of the plan's arrays that are no weights.
+
+    Raises:
+        errors.CheckpointMismatchError: one is not what follows from the weight beside it, or no count.
+    """
+    kept, problems = {}, []
+    for original, (beside, make) in plan.constants.items():
+        shape, dtype = archive.entries[original]
+        if make is not None:
+            expected = make(archive.entries[beside][0], grid)
+            same = expected.shape == shape and expected.dtype == dtype and np.array_equal(archive.exact(original), expected)
+            if not same:
+                problems.append(f"{original}: expected {expected.dtype} {expected.shape} as {beside} asks for, got another array")
+            kept[original] = None
+        elif shape == () and dtype.kind in "iu":
+            kept[original] = [dtype.str, int(archive.exact(original))]
+        else:
+            problems.append(f"{original}: expected one whole number, got {dtype} {shape}")
+    if problems:
+        raise errors.CheckpointMismatchError(
+            f"{archive.path}: arrays that are no weights differ from what the model computes: {_listed(problems)}. The model was "
+            "not changed; get an intact file, or pass grid=(h, w) if its grid is not square."
+        )
+    return kept
+
+
 def _reader(plan, weights, archive):
     """our name -> its float32 array, read from the file when asked for, so that never all of them are held."""
     pieces = {}
@@ -209,7 +246,7 @@ def _fill_later(weights, read):
     _pending.get().append((left, read))
 
 
-def load(weights, archive, layouts, *, adapters=(), ignore=(), reset=(), what="the model"):
+def load(weights, archive, layouts, *, adapters=(), ignore=(), reset=(), grid=None, what="the model"):
     """Fills `weights` from a file in any of `layouts`: the first one whose whole plan succeeds.
 
     The file is read twice, first to check every value and then to assign, so that neither a damaged file changes the model nor
@@ -222,11 +259,12 @@ def load(weights, archive, layouts, *, adapters=(), ignore=(), reset=(), what="t
         adapters: for weights that may be resampled, such as `adapt.Positions`.
         ignore: patterns of our names (`"pre_logits/*"`); what they match in the file is dropped, and reported.
         reset: our names set to zero instead of taken from the file (a new head).
+        grid: (h, w) of the file's positions where they are not a square.
         what: how the model is called in messages.
 
     Returns:
-        dict(layout, adapted, ignored, reset, zeros): lists of text, zeros being our names of weights that are all 0; and stored:
-        {original name: dtype} of arrays that are no float32.
+        dict(layout, adapted, ignored, reset, zeros): lists of text, zeros being our names of weights that are all 0; stored:
+        {original name: dtype} of arrays that are no float32; and constants: {original name: [dtype, value] or None}, see `save`.
 
     Raises:
         errors.CheckpointMismatchError: with every list of what does not fit; no weight was changed.
@@ -235,6 +273,7 @@ def load(weights, archive, layouts, *, adapters=(), ignore=(), reset=(), what="t
     best = best_plan(weights, archive, layouts, adapters=adapters, ignore=ignore, reset=reset)
     if best.problems:
         raise errors.CheckpointMismatchError(_report(best, archive, what))
+    constants = _constants(best, archive, grid)
     zeros = _scan(best, weights, archive)
     fill = _assign if _pending.get() is None else _fill_later
     fill(weights, _reader(best, weights, archive))
@@ -245,6 +284,7 @@ def load(weights, archive, layouts, *, adapters=(), ignore=(), reset=(), what="t
         reset=list(reset),
         zeros=zeros,
         stored={name: archive.entries[name][1].str for name in best.targets if archive.entries[name][1].str != "<f4"},
+        constants=constants,
     )
 
 
@@ -261,14 +301,21 @@ def _report(plan, archive, what):
     return "\n".join(lines)
 
 
-def save(weights, path, names, metadata=None, stored=None):
-    """Writes `weights` ({our name: variable}) to an .npz in the layout of `names`, whole or not at all.
+def save(weights, path, names, metadata=None, stored=None, constants=None, grid=None):
+    """Writes `weights` ({our name: variable}) to a file in the layout of `names`, whole or not at all.
 
     Args:
         stored: {original name: dtype} of arrays to write in another type than float32, where that loses nothing.
+        constants: {original name: [dtype, value], or None to make it} of arrays that are no weights; None writes all that the
+            layout has.
+        grid: (h, w) of the positions where they are not a square.
     """
-    arrays = {}
+    arrays, others = {}, {}
     for ours, weight in weights.items():
+        for original, make in names.constants_beside(ours):
+            if constants is None or original in constants:
+                dtype, value = (constants or {}).get(original) or ("<i8", 0)
+                others[original] = make(tuple(weight.shape), grid) if make else np.asarray(value, dtype)
         pieces = names.to_original(ours)
         if not pieces:
             raise errors.CheckpointMismatchError(
@@ -280,7 +327,7 @@ def save(weights, path, names, metadata=None, stored=None):
     for original, layers in arrays.items():
         array = layers[None] if None in layers else np.stack([layers[i] for i in range(len(layers))])
         arrays[original] = files.narrowed(array, np.dtype((stored or {}).get(original, "<f4")))
-    files.write(path, arrays, metadata)
+    files.write(path, arrays | others, metadata)
 
 
 class _Converted(collections.abc.Mapping):
@@ -289,22 +336,25 @@ class _Converted(collections.abc.Mapping):
     Args:
         archive: an open `files.Npz`.
         sources: {original name: {layer or None: (name in the archive, layer in it or None)}}.
+        constants: {original name: name in the archive} of arrays that are no weights.
     """
 
-    def __init__(self, archive, sources):
-        self.archive, self.sources = archive, sources
+    def __init__(self, archive, sources, constants):
+        self.archive, self.sources, self.constants = archive, sources, constants
         self._read = functools.lru_cache(1)(archive.read)  # neighbours come out of the same stack
 
     def __iter__(self):
-        return iter(self.sources)
+        return iter([*self.sources, *self.constants])
 
     def __len__(self):
-        return len(self.sources)
+        return len(self.sources) + len(self.constants)
 
     def _layer(self, name, layer):
         return self._read(name) if layer is None else self._read(name)[layer]
 
     def __getitem__(self, name):
+        if name in self.constants:
+            return self.archive.exact(self.constants[name])
         layers = self.sources[name]
         stored = {self.archive.entries[source][1] for source, _ in layers.values()}
         if None in layers:
@@ -334,10 +384,13 @@ def convert(archive, path, read, write):
         errors.CheckpointMismatchError: arrays that the other layout cannot express, all by name; nothing was written.
         errors.CheckpointFormatError: an array is damaged or holds no floats; nothing was written.
     """
-    sources, left_out, problems = {}, [], []
+    sources, constants, left_out, problems = {}, {}, [], []
     for original, (shape, _) in archive.entries.items():
         claims = read.to_ours(original, shape[0] if shape and shape[0] <= MAX_LAYERS else 0)
-        if not claims and not read.is_beside(original):
+        constant = None if claims else read.constant(original)
+        if constant:
+            constants.update({to: original for to, make in write.constants_beside(constant[0]) if make == constant[1]})
+        elif not claims and not read.is_beside(original):
             problems.append(f"{original}: the file's layout has no such array")
         elif not claims:
             left_out.append(original)
@@ -356,5 +409,5 @@ def convert(archive, path, read, write):
             f"{archive.path}: {_listed(problems)}. Nothing was written; choose another layout, or load the file into its model "
             "and use keras_vit.save_npz."
         )
-    files.write(path, _Converted(archive, sources), archive.metadata)
+    files.write(path, _Converted(archive, sources, constants), archive.metadata)
     return left_out

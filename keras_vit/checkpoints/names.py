@@ -67,6 +67,21 @@ class _Index:
         return [(r, fields) for r, fields in matches if fields is not None]
 
 
+@dataclasses.dataclass(frozen=True)
+class Constant:
+    """An array of an original file that is no weight: it is kept, or made again, for the way back.
+
+    Args:
+        original, ours: templates of the same fields; `ours` is the weight in whose company it stands.
+        make: (shape of that weight, (h, w) of the model's grid or None for a square) -> the array, where it follows from them;
+            a file's must equal it. None where it is a count, such as that of training steps: the file's is kept, 0 without one.
+    """
+
+    original: Template
+    ours: Template
+    make: object = None
+
+
 class Piece(NamedTuple):
     """Where a weight of ours, or a part of it, stands in a file.
 
@@ -85,8 +100,12 @@ def rule(original, ours, transform=None):
     return Rule(Template(original), Template(ours), transform or Whole())
 
 
+def constant(original, ours, make=None):
+    return Constant(Template(original), Template(ours), make)
+
+
 class Names:
-    """The map of one layout: an ordered list of rules, given singly or in lists.
+    """The map of one layout: an ordered list of rules and constants, given singly or in lists.
 
     Args:
         rules: the map.
@@ -95,13 +114,17 @@ class Names:
     """
 
     def __init__(self, *rules, beside=()):
-        self.rules = [r for group in rules for r in (group if isinstance(group, list) else [group])]
+        rules = [r for group in rules for r in (group if isinstance(group, list) else [group])]
+        self.rules = [r for r in rules if isinstance(r, Rule)]
+        self.constants = [r for r in rules if isinstance(r, Constant)]
         self.beside = tuple(beside)
         self._originals, self._ours = _Index(self.rules, "original"), _Index(self.rules, "ours")
+        self._constants, self._companions = _Index(self.constants, "original"), _Index(self.constants, "ours")
 
     def under(self, prefix, beside=()):
         """The same map for a file that has all its arrays under `prefix`, such as "params/"."""
-        return Names([dataclasses.replace(r, original=Template(prefix + r.original.text)) for r in self.rules], beside=beside)
+        rules = [*self.rules, *self.constants]
+        return Names([dataclasses.replace(r, original=Template(prefix + r.original.text)) for r in rules], beside=beside)
 
     def stacked(self, each, together, field="i"):
         """The same map for a file that keeps what lies under `each`, which has `field`, in one array each under `together`."""
@@ -111,11 +134,20 @@ class Names:
                 return r
             return dataclasses.replace(r, original=Template(together + r.original.text.removeprefix(each)), stacked=field)
 
-        return Names(list(map(stack, self.rules)), beside=self.beside)
+        return Names([*map(stack, self.rules), *self.constants], beside=self.beside)
 
     def is_beside(self, original):
         """Whether such files hold `original` for something else."""
         return any(fnmatch.fnmatchcase(original, pattern) for pattern in self.beside)
+
+    def constant(self, original):
+        """(our name of the weight beside it, make) of an array that is no weight (see `Constant`), None for any other."""
+        found = self._constants.find(original)
+        return (found[0][0].ours.format(found[0][1]), found[0][0].make) if found else None
+
+    def constants_beside(self, ours):
+        """[(original name, make)] of the arrays that stand in the company of one of our weights."""
+        return [(r.original.format(fields), r.make) for r, fields in self._companions.find(ours)]
 
     def to_ours(self, original, layers=1):
         """[(our name, transform, layer)] of every rule that claims an original name.

@@ -1,6 +1,7 @@
 """How one array of a file relates to one weight of ours. Each transform knows both directions and the shape it expects."""
 
 import dataclasses
+import math
 
 import numpy as np
 
@@ -56,3 +57,45 @@ class Part:
 
     def take(self, weight):
         return weight[self._slot()]
+
+
+@dataclasses.dataclass(frozen=True)
+class Turned(Whole):
+    """The file's array is the weight with its axes in another order, neighbours of them merged into one.
+
+    Args:
+        axes: the weight's axes in the file's order.
+        merged: how many of them each axis of the file holds; () for one each.
+        part: what of the weight the file's array holds, `Whole` or a `Part`.
+    """
+
+    axes: tuple
+    merged: tuple = ()
+    part: Whole = Whole()
+
+    @property
+    def index(self):
+        return self.part.index
+
+    @property
+    def of(self):
+        return self.part.of
+
+    def _turned(self, shape):
+        """The shape of the weight's part, in the file's order but not merged."""
+        shape = self.part.file_shape(shape)
+        return tuple(shape[axis] for axis in self.axes)
+
+    def file_shape(self, shape):
+        sides, at = [], 0
+        for count in self.merged or (1,) * len(self.axes):
+            sides.append(math.prod(self._turned(shape)[at : at + count]))
+            at += count
+        return tuple(sides)
+
+    def place(self, array, weight):
+        back = tuple(sorted(range(len(self.axes)), key=self.axes.__getitem__))
+        self.part.place(np.transpose(array.reshape(self._turned(weight.shape)), back), weight)
+
+    def take(self, weight):
+        return np.transpose(self.part.take(weight), self.axes).reshape(self.file_shape(weight.shape))

@@ -7,8 +7,9 @@ from keras_vit.layers.drop import DropPath
 from keras_vit.layers.embed import Patches, Tokens
 from keras_vit.layers.mlp import MLP
 from keras_vit.layers.pool import ClassToken, MapHead, MeanTokens, PatchGrid, PatchTokens
+from keras_vit.layers.scale import Affine, LayerScale
 
 __all__ = [
-    "MLP", "Attention", "Block", "ClassToken", "DropPath", "GroupNorm", "MapHead", "MeanTokens", "PatchGrid", "PatchTokens",
-    "Patches", "StdConv", "Tokens",
+    "MLP", "Affine", "Attention", "Block", "ClassToken", "DropPath", "GroupNorm", "LayerScale", "MapHead", "MeanTokens",
+    "PatchGrid", "PatchTokens", "Patches", "StdConv", "Tokens",
 ]  # fmt: skip

@@ -19,6 +19,7 @@ class Attention(keras.layers.Layer):
 
     The softmax is computed in float32 whatever the compute type. Weights: `qkv_kernel` (d, 3, heads, d / heads), `qkv_bias`
     (3, heads, d / heads), `out_kernel` (heads, d / heads, d), `out_bias` (d,); the first axis of size 3 is query, key, value.
+    `bias` (heads, n, n), which a caller may pass, is added to the scores before the softmax.
 
     Args:
         heads: number of heads; must divide the width.
@@ -26,11 +27,15 @@ class Attention(keras.layers.Layer):
         flash_attention: True computes by `keras.ops.dot_product_attention`, which takes the fused kernel of an accelerator where
             there is one; False by two matrix products; None by the former on JAX and PyTorch devices that are no CPU. The
             numbers are the same. Attention dropout in training always takes the matrix products, since the fused op has none.
+        qkv_bias: which of query, key and value have a bias: "qkv", "qv" (BEiT's; `qkv_bias` is (2, heads, d / heads)) or "".
     """
 
-    def __init__(self, heads, dropout_rate=0.0, flash_attention=None, **kwargs):
+    def __init__(self, heads, dropout_rate=0.0, flash_attention=None, qkv_bias="qkv", **kwargs):
         super().__init__(**kwargs)
         self.heads, self.dropout_rate, self.flash_attention = heads, dropout_rate, flash_attention
+        if qkv_bias not in ("qkv", "qv", ""):
+            raise ValueError(f"Attention {self.name!r}: qkv_bias must be 'qkv', 'qv' or '', got {qkv_bias!r}.")
+        self.biased = qkv_bias
         self.dropout = keras.layers.Dropout(dropout_rate, dtype=self.dtype_policy, name="dropout")
 
     def build(self, input_shape):
@@ -39,28 +44,32 @@ class Attention(keras.layers.Layer):
             raise ValueError(f"Attention {self.name!r}: width {width} is not divisible by heads={self.heads}; choose a divisor.")
         size, init = width // self.heads, _uniform(width, width)
         self.qkv_kernel = self.add_weight(shape=(width, 3, self.heads, size), initializer=init, name="qkv_kernel")
-        self.qkv_bias = self.add_weight(shape=(3, self.heads, size), initializer="zeros", name="qkv_bias")
-        self.qkv_kernel.fused_axis, self.qkv_bias.fused_axis = 1, 0  # for `training.optimizers.Adafactor`
+        self.qkv_kernel.fused_axis, self.qkv_bias = 1, None  # the axis is for `training.optimizers.Adafactor`
+        if self.biased:
+            shape = (len(self.biased), self.heads, size)
+            self.qkv_bias = self.add_weight(shape=shape, initializer="zeros", name="qkv_bias")
+            self.qkv_bias.fused_axis = 0
         self.out_kernel = self.add_weight(shape=(self.heads, size, width), initializer=init, name="out_kernel")
         self.out_bias = self.add_weight(shape=(width,), initializer="zeros", name="out_bias")
 
-    def call(self, x, query=None, training=None, tap=None):
+    def call(self, x, query=None, bias=None, training=None, tap=None):
         """Returns (b, n, d), or the attention weights (b, heads, query, key) in float32 with tap="scores"."""
         if query is None:
-            projected = [self._project(x, self.qkv_kernel, self.qkv_bias)]
+            projected = [self._project(x, 0, 3)]
         else:
-            projected = [self._project(query, self.qkv_kernel[:, :1], self.qkv_bias[:1])]
-            projected += [self._project(x, self.qkv_kernel[:, 1:], self.qkv_bias[1:])]
+            projected = [self._project(query, 0, 1), self._project(x, 1, 3)]
         tokens, width = ops.shape(projected[0])[1], x.shape[-1]
         scale = (width // self.heads) ** -0.5
         if tap is None and self._fused(x, training):
             q, k, v = (part for each in projected for part in ops.unstack(each, each.shape[2], axis=2))
-            mixed = ops.dot_product_attention(q, k, v, scale=scale)
+            bias = None if bias is None else ops.cast(bias, q.dtype)[None]
+            mixed = ops.dot_product_attention(q, k, v, bias, scale=scale)
         else:
             projected = [ops.transpose(each, (2, 0, 3, 1, 4)) for each in projected]
             q, k, v = (part for each in projected for part in ops.unstack(each, each.shape[0], axis=0))
             scores = ops.matmul(q * ops.cast(scale, q.dtype), ops.transpose(k, (0, 1, 3, 2)))
-            scores = ops.softmax(ops.cast(scores, "float32"), axis=-1)
+            scores = ops.cast(scores, "float32")
+            scores = ops.softmax(scores if bias is None else scores + ops.cast(bias, "float32"), axis=-1)
             if tap == "scores":
                 return scores
             scores = self.dropout(ops.cast(scores, self.compute_dtype), training=training)
@@ -68,12 +77,21 @@ class Attention(keras.layers.Layer):
         mixed = ops.matmul(ops.reshape(mixed, (-1, width)), ops.reshape(self.out_kernel, (width, width))) + self.out_bias
         return ops.reshape(mixed, (-1, tokens, width))
 
-    def _project(self, x, kernel, bias):
-        """(b, n, d) -> (b, n, parts, heads, d / heads), for a kernel (d, parts, heads, d / heads)."""
-        tokens, width = ops.shape(x)[1], x.shape[-1]
+    def _project(self, x, start, end):
+        """(b, n, d) -> (b, n, end - start, heads, d / heads): parts of query (0), key (1) and value (2)."""
+        kernel, tokens, width = self.qkv_kernel[:, start:end], ops.shape(x)[1], x.shape[-1]
         x = ops.reshape(x, (-1, width))  # one matrix product over all tokens is faster than one for each image
-        x = ops.matmul(x, ops.reshape(kernel, (width, -1))) + ops.reshape(bias, (-1,))
+        x = ops.matmul(x, ops.reshape(kernel, (width, -1)))
+        if self.biased:
+            x = x + ops.reshape(self._biases()[start:end], (-1,))
         return ops.reshape(x, (-1, tokens, *kernel.shape[1:]))
+
+    def _biases(self):
+        """(3, heads, d / heads), zeros for the key where only query and value have a bias."""
+        if self.biased == "qkv":
+            return ops.convert_to_tensor(self.qkv_bias)
+        query, value = ops.unstack(self.qkv_bias, 2)
+        return ops.stack([query, ops.zeros_like(query), value])
 
     def _fused(self, x, training):
         if training and self.dropout_rate:
@@ -93,7 +111,7 @@ class Attention(keras.layers.Layer):
         m = n if queries is None else queries
         return collections.Counter(linear=2 * (m + n) * d * d, matmul=2 * m * n * d)
 
-    def compute_output_spec(self, x, query=None, training=None, tap=None):
+    def compute_output_spec(self, x, query=None, bias=None, training=None, tap=None):
         b, n, d = x.shape
         m = n if query is None else query.shape[1]
         if tap == "scores":

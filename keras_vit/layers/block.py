@@ -3,6 +3,7 @@ import keras
 from keras_vit.layers.attention import Attention
 from keras_vit.layers.drop import DropPath
 from keras_vit.layers.mlp import MLP
+from keras_vit.layers.scale import LayerScale
 from keras_vit.layers.taps import check_tap
 
 
@@ -18,27 +19,41 @@ class Block(keras.layers.Layer):
         dropout_rate: after attention and twice in the MLP. attention_dropout_rate: on the attention weights.
         drop_path_rate: probability that an example skips a residual branch in training (stochastic depth).
         flash_attention: see `Attention`.
+        gelu: of the MLP, "tanh" or "exact"; see `MLP`.
+        layer_scale: start of the numbers that scale what both branches add (see `LayerScale`); None for none.
     """
 
     TAPS = ("attention_norm", "scores", "attention", "mlp_norm", "mlp")
 
     def __init__(
-        self, heads, mlp, dropout_rate=0.0, attention_dropout_rate=0.0, drop_path_rate=0.0, flash_attention=None, **kwargs
+        self,
+        heads,
+        mlp,
+        dropout_rate=0.0,
+        attention_dropout_rate=0.0,
+        drop_path_rate=0.0,
+        flash_attention=None,
+        gelu="tanh",
+        layer_scale=None,
+        **kwargs,
     ):
         super().__init__(**kwargs)
         self.heads, self.mlp_width, self.dropout_rate = heads, mlp, dropout_rate
         self.attention_dropout_rate, self.drop_path_rate = attention_dropout_rate, drop_path_rate
-        self.flash_attention = flash_attention
+        self.flash_attention, self.gelu, self.layer_scale = flash_attention, gelu, layer_scale
         dtype = self.dtype_policy
         self.attention_norm = keras.layers.LayerNormalization(epsilon=1e-6, dtype=dtype, name="attention_norm")
         self.attention = Attention(heads, attention_dropout_rate, flash_attention, dtype=dtype, name="attention")
         self.dropout = keras.layers.Dropout(dropout_rate, dtype=dtype, name="dropout")
         self.mlp_norm = keras.layers.LayerNormalization(epsilon=1e-6, dtype=dtype, name="mlp_norm")
-        self.mlp = MLP(mlp, dropout_rate, dtype=dtype, name="mlp")
+        self.mlp = MLP(mlp, dropout_rate, gelu, dtype=dtype, name="mlp")
         self.drop_path = DropPath(drop_path_rate, dtype=dtype, name="drop_path")
+        self.scales = []
+        if layer_scale is not None:
+            self.scales = [LayerScale(layer_scale, dtype=dtype, name=f"{branch}_scale") for branch in ("attention", "mlp")]
 
     def build(self, input_shape):
-        for layer in (self.attention_norm, self.attention, self.mlp_norm, self.mlp, self.drop_path):
+        for layer in (self.attention_norm, self.attention, self.mlp_norm, self.mlp, self.drop_path, *self.scales):
             layer.build(input_shape)
 
     def call(self, x, tap=None):
@@ -51,14 +66,17 @@ class Block(keras.layers.Layer):
         y = self.attention(y)
         if tap == "attention":
             return y
-        x = x + self.drop_path(self.dropout(y))
+        x = x + self.drop_path(self._scaled(0, self.dropout(y)))
         y = self.mlp_norm(x)
         if tap == "mlp_norm":
             return y
         y = self.mlp(y)
         if tap == "mlp":
             return y
-        return x + self.drop_path(y)
+        return x + self.drop_path(self._scaled(1, y))
+
+    def _scaled(self, branch, y):
+        return self.scales[branch](y) if self.scales else y
 
     def multiply_adds(self, input_shape):
         """Those of attention and MLP for one example (b, n, d)."""
