@@ -151,7 +151,7 @@ def inspect(args):
         raise errors.ArgumentError(f"inspect: expected one file, got {', '.join(words)}; inspect them one after the other.")
     record = find(words[0])
     path, digest = _fetched(record)
-    archive = files.Npz(path)
+    archive = files.open_file(path)
     reading = zoo.identify(archive)
     names = zoo.FAMILIES[reading.family].layouts[reading.layout]
     known, whole = bool(reading.arguments), bool(reading.arguments) and not reading.unknown
@@ -252,7 +252,7 @@ def convert(args):
         raise errors.ArgumentError(f"{target}: expected a file that ends in .npz, the format that is written.")
     if args.variant and args.variant not in _rows():
         raise errors.ArgumentError(f"--variant={args.variant}: expected a registered variant; {_near(args.variant, _rows())}.")
-    archive = files.Npz(_fetched(record)[0])
+    archive = files.open_file(_fetched(record)[0])
     reading = zoo.identify(archive)
     layouts = zoo.FAMILIES[reading.family].layouts
     layout = args.layout or next(iter(layouts))

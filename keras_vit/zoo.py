@@ -377,9 +377,9 @@ def builder(function):
 
 
 def _open(source, size=None):
-    """The opened `files.Npz` of a source."""
+    """The opened `files.Reader` of a source."""
     fetched = fetch.fetch(source, size)
-    archive = files.Npz(fetched.path)
+    archive = files.open_file(fetched.path)
     if fetched.sha256:
         archive.sha256 = fetched.sha256
     else:
@@ -434,7 +434,7 @@ class Reading:
 
 
 def identify(archive):
-    """The `Reading` of an open `files.Npz`, from its headers alone."""
+    """The `Reading` of an open `files.Reader`, from its headers alone."""
     readings = []
     for family in FAMILIES.values():
         layout, shapes, unknown = _read_as(archive, family)
@@ -484,7 +484,7 @@ def load_weights(model, path, *, ignore=(), reset_head=False, grid=None, resize_
 
     Args:
         model: built by this package.
-        path: `.npz` file: a path, `gs://` or `https://` URL, or an open `checkpoints.files.Npz`.
+        path: `.npz` file: a path, `gs://` or `https://` URL, or an open `checkpoints.files.Reader`.
         ignore: patterns of our weight names to drop from the file on purpose, such as `("pre_logits/*",)`.
         reset_head: set the classifier to zero instead of loading it.
         grid: (h, w) of the file's position grid where it is neither square nor recorded; `"square"` insists on a square.
@@ -495,7 +495,7 @@ def load_weights(model, path, *, ignore=(), reset_head=False, grid=None, resize_
         errors.CheckpointFormatError: not an intact file, or values that are not finite; the model is unchanged.
     """
     _family(model, "load_weights")  # before a file is fetched
-    archive = path if isinstance(path, files.Npz) else _open(path)
+    archive = path if isinstance(path, files.Reader) else _open(path)
     wanted = _wanted(model, archive, ignore=ignore, reset_head=reset_head, grid=grid, resize_patches=resize_patches)
     try:
         done = load.load(**wanted, grid=_recorded_grid(archive), what=f"{model.variant} ({model.name!r})")
@@ -665,7 +665,7 @@ def _docstring(row):
 
 
 def explain(archive, row):
-    """What a row's constructor would do with an open `files.Npz` at the row's resolution, from names and shapes alone.
+    """What a row's constructor would do with an open `files.Reader` at the row's resolution, from names and shapes alone.
 
     No weight is made and no array read, so that it costs little at any size.
 
