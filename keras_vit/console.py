@@ -439,9 +439,10 @@ def _model(word):
             f"{word}: expected a model of RGB images of one size, got input {shapes[0]}, output {shapes[1]}."
         )
     info = _info(model)
+    pixels = Pixels.from_dict(info["preprocessing"]) if info else Pixels()
     if info.get("include_preprocessing"):
-        return model, Pixels(mean=(0.0,) * 3, std=(1.0,) * 3)
-    return model, Pixels.from_dict(info["preprocessing"]) if info else Pixels()
+        pixels = dataclasses.replace(pixels, mean=(0.0,) * 3, std=(1.0,) * 3)
+    return model, pixels
 
 
 def _kind(model):
