@@ -484,7 +484,8 @@ def load_weights(model, path, *, ignore=(), reset_head=False, grid=None, resize_
 
     Args:
         model: built by this package.
-        path: `.npz` file: a path, `gs://` or `https://` URL, or an open `checkpoints.files.Reader`.
+        path: file of any format of `checkpoints.files`: a path, a `gs://`, `hf://` or `https://` URL, or an open
+            `checkpoints.files.Reader`.
         ignore: patterns of our weight names to drop from the file on purpose, such as `("pre_logits/*",)`.
         reset_head: set the classifier to zero instead of loading it.
         grid: (h, w) of the file's position grid where it is neither square nor recorded; `"square"` insists on a square.
@@ -528,8 +529,9 @@ def _recorded_grid(archive):
 def save_npz(model, path, layout=None):
     """Writes a model's weights in an original layout; exactly the file's keys and bits again where nothing was adapted.
 
-    A position grid that is not square is recorded in the archive's comment, since the arrays do not say it. Arrays that were read
-    from a narrower type, such as bfloat16, are written in it again as long as it holds their values exactly.
+    The format is that of the path's ending: .npz, .safetensors or, as PyTorch writes them, .pth, .pt, .pth.tar and .pyth. A
+    position grid that is not square is recorded beside the arrays, which do not say it. Arrays that were read from a narrower
+    type, such as bfloat16, are written in it again as long as it holds their values exactly.
 
     Args:
         model: built by this package.
@@ -609,20 +611,22 @@ class Variant:
 
 
 def find_weights(weights, name, variant=None, side=224):
-    """The `Weights` record that a constructor's `weights` argument means: a tag, an AugReg file name, a path or a URL."""
+    """The `Weights` record that a constructor's `weights` means: a tag, an AugReg file name, a path, a URL or timm/MODEL.TAG."""
     tags = variant.weights if variant else {}
     if isinstance(weights, str):
         tag = variant.imagenet(side) if variant and weights == "imagenet" else weights
         if tag in tags:
             return tags[tag]
-    if isinstance(weights, os.PathLike) or (isinstance(weights, str) and (weights.endswith(".npz") or "/" in weights)):
+    if isinstance(weights, str) and re.fullmatch(r"timm/[\w-]+(\.[\w-]+)?", weights) and not os.path.exists(weights):
+        weights = f"hf://{weights}/model.safetensors"
+    if isinstance(weights, os.PathLike) or (isinstance(weights, str) and (files.ending(weights) or "/" in weights)):
         return Weights(os.fspath(weights), classes=None, activation=None, licence=None, resolution=None, published=False)
     if isinstance(weights, str) and augreg.parse(weights):
         return augreg.weights(weights)
     known = ", ".join(map(repr, variant.tags() if variant else ())) or "none by name"
     raise errors.ArgumentError(
-        f"{name}: weights must be None, a tag it has ({known}), an AugReg file name, a path or a URL of an .npz file, "
-        f"got {weights!r}."
+        f"{name}: weights must be None, a tag it has ({known}), an AugReg file name, timm/MODEL.TAG, or a path or "
+        f"URL of a file ({', '.join(files.ENDINGS)}), got {weights!r}."
     )
 
 

@@ -1,5 +1,6 @@
 """Checkpoint files of any known format: strict readers chosen by content, atomic writers chosen by name."""
 
+import collections.abc
 import contextlib
 import os
 import pathlib
@@ -8,15 +9,25 @@ import tempfile
 import zipfile
 
 from keras_vit import errors
-from keras_vit.checkpoints import npz
+from keras_vit.checkpoints import npz, safefile, torchfile
 from keras_vit.checkpoints.npz import Npz
 from keras_vit.checkpoints.reader import FLOATS, Reader, narrowed, widened
 from keras_vit.checkpoints.safefile import SafetensorsFile
 from keras_vit.checkpoints.torchfile import TorchFile, is_legacy
 
 __all__ = [
-    "FLOATS", "Npz", "Reader", "SafetensorsFile", "TorchFile", "narrowed", "open_file", "replacing", "widened", "write",
+    "ENDINGS", "FLOATS", "FORMATS", "Npz", "Reader", "SafetensorsFile", "TorchFile",
+    "copy", "ending", "narrowed", "open_file", "replacing", "widened", "write",
 ]  # fmt: skip
+
+FORMATS = {".npz": Npz, ".safetensors": SafetensorsFile, **dict.fromkeys(torchfile.ENDINGS, TorchFile)}  # ending -> its reader
+ENDINGS = tuple(FORMATS)
+_WRITERS = {Npz: npz.write, SafetensorsFile: safefile.write, TorchFile: torchfile.write}
+
+
+def ending(path):
+    """Which of `ENDINGS` a file's name has, the longest; None without one."""
+    return max((each for each in ENDINGS if str(path).endswith(each)), key=len, default=None)
 
 
 def open_file(path):
@@ -49,25 +60,51 @@ def _members(path, start):
 
 
 def write(path, arrays, metadata=None):
-    """Writes {name: array} as an uncompressed .npz, complete under its name or not at all.
+    """Writes {name: array} in the format of the path's ending, one of `ENDINGS`, complete under its name or not at all.
 
     Args:
         path: the file; its folder must exist. An existing file is replaced in one step.
-        arrays: numpy arrays under the names they get in the file, in this order.
-        metadata: a JSON-able dict kept in the archive's comment, where other readers do not see it.
+        arrays: numpy arrays under the names they get in the file, in this order; a mapping may make each when asked for it.
+        metadata: a JSON-able dict that is kept where other readers do not mind it.
     """
     path = pathlib.Path(path)
+    if ending(path) is None:
+        raise errors.ArgumentError(
+            f"{path}: expected a name that ends in {', '.join(ENDINGS)}, the formats that are written. Nothing was written."
+        )
     if not path.parent.is_dir():
         raise errors.ArgumentError(f"{path}: its folder does not exist; create it first. Nothing was written.")
     with replacing(path) as temporary:
-        npz.write(temporary, arrays, metadata)
+        _WRITERS[FORMATS[ending(path)]](temporary, arrays, metadata)
+
+
+class _Exact(collections.abc.Mapping):
+    """A reader's arrays as they are stored, each read when it is asked for."""
+
+    def __init__(self, archive):
+        self.archive = archive
+
+    def __getitem__(self, name):
+        return self.archive.exact(name)
+
+    def __iter__(self):
+        return iter(self.archive.entries)
+
+    def __len__(self):
+        return len(self.archive.entries)
+
+
+def copy(archive, path):
+    """Writes all arrays of a `Reader` in the format of the path's ending, under their names, bit for bit."""
+    write(path, _Exact(archive), archive.metadata)
 
 
 @contextlib.contextmanager
 def replacing(path):
     """Yields a temporary path beside `path` with the same ending, moved into place if the body succeeds, else removed."""
     path = pathlib.Path(path)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+    suffix = ending(path) or path.suffix
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=suffix, dir=path.parent)
     os.close(handle)
     try:
         yield temporary

@@ -1,4 +1,5 @@
 """What a torch file's pickle says, told without unpickling: a machine of the few opcodes and globals that `torch.save` writes.
+And such a pickle, written without pickling.
 
 `pickletools` only splits the bytes into opcodes. A global is never looked up, it is a text in a list here; calling one of the six
 that may be called makes a record of ours. All else is `Forbidden`, by name.
@@ -331,3 +332,35 @@ _OPCODES = {
     "BUILD": lambda machine, _: machine.build(),
     "BINPERSID": lambda machine, _: machine.persistent(),
 }
+
+
+def write(tree):
+    """The pickle of nested dicts of `Tensor`, as `torch.save` would write it; `torch.load(..., weights_only=True)` reads it."""
+    return b"\x80\2" + _written(tree) + b"."
+
+
+def _written(value):
+    """The opcodes that push a value."""
+    match value:
+        case str():
+            text = value.encode()
+            return b"X" + len(text).to_bytes(4, "little") + text
+        case bool():
+            return b"\x88" if value else b"\x89"
+        case int() if value < 2**31:
+            return b"J" + value.to_bytes(4, "little")
+        case int():
+            return b"\x8a\x08" + value.to_bytes(8, "little")
+        case tuple():
+            return b"(" + b"".join(map(_written, value)) + b"t"
+        case dict():
+            return b"}(" + b"".join(_written(key) + _written(each) for key, each in value.items()) + b"u"
+        case Global():
+            return f"c{value.name.replace(' ', chr(10))}\n".encode()
+        case Storage():
+            kind = next(name for name, dtype in STORAGES.items() if dtype == value.dtype)
+            return _written(("storage", Global(kind), value.key, "cpu", value.count)) + b"Q"
+        case Tensor():
+            hooks = _written(Global(_ORDERED)) + b")R"
+            parts = (value.storage, value.offset, value.shape, value.strides, False)
+            return _written(Global(_TENSOR)) + b"(" + b"".join(map(_written, parts)) + hooks + b"tR"

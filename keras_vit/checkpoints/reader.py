@@ -56,6 +56,13 @@ def narrowed(array, dtype):
     return narrow if np.array_equal(narrow, array, equal_nan=True) else array
 
 
+def stored(array):
+    """An array as it is written: its values in their order, the lower byte first."""
+    array = np.asarray(array)
+    flat = np.ascontiguousarray(array).reshape(array.shape)  # the former gives a scalar an axis
+    return flat.astype(flat.dtype.newbyteorder("<"), copy=False)
+
+
 def comment(metadata):
     """Metadata as the comment of a zip archive, which `Zipped` reads."""
     text = json.dumps(metadata).encode() if metadata else b""

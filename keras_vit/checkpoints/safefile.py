@@ -9,6 +9,7 @@ import math
 import numpy as np
 import safetensors
 
+from keras_vit import errors
 from keras_vit.checkpoints import reader
 
 MAX_HEADER = 2**24  # bytes
@@ -101,3 +102,31 @@ def _once(pairs):
 
 def _wholes(numbers):
     return isinstance(numbers, list) and all(type(number) is int and 0 <= number < 2**63 for number in numbers)
+
+
+def write(path, arrays, metadata):
+    """Writes {name: array}; arrays that are made when asked for are asked for twice, first for their shapes and types."""
+    metadata = dict(metadata or {})
+    foreign = metadata.pop(_FOREIGN, {"format": "pt"})  # without this key some loaders refuse a file
+    if metadata:
+        foreign = foreign | {_RECORD: json.dumps(metadata)}
+    header, sizes = {"__metadata__": foreign}, {}
+    codes = {dtype: kind for kind, dtype in _TYPES.items()}
+    for name, array in arrays.items():
+        array = reader.stored(array)
+        if array.dtype.str not in codes or name in header or not reader.is_name(name):
+            raise errors.ArgumentError(
+                f"{name[:80]!r} of {array.dtype}: expected one of the types {', '.join(_TYPES)}, and no name "
+                "__metadata__; write .npz. Nothing was written."
+            )
+        header[name] = {"dtype": codes[array.dtype.str], "shape": array.shape}
+        sizes[name] = (array.itemsize, array.nbytes)
+    order, at = sorted(sizes, key=lambda name: -sizes[name][0]), 0  # so that every array begins at a multiple of its item's size
+    for name in order:
+        header[name]["data_offsets"] = [at, at := at + sizes[name][1]]
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            file.write(reader.stored(arrays[name]).reshape(-1).view(np.uint8).data)

@@ -3,10 +3,13 @@
 The names of tensors in nested containers are joined by "/": {"model": {"norm.weight": tensor}} holds "model/norm.weight".
 """
 
+import itertools
+import struct
 import zipfile
 
 import numpy as np
 
+from keras_vit import errors
 from keras_vit.checkpoints import opcodes, reader
 
 ENDINGS = (".pth", ".pt", ".pth.tar", ".pyth")
@@ -114,3 +117,59 @@ class TorchFile(reader.Zipped):
         with self._guarded():
             begin = self._begin(info)
         return self._at(name, begin + tensor.offset * tensor.storage.dtype.itemsize + layer * size, size)
+
+
+def write(path, arrays, metadata):
+    """Writes {name: array} as `torch.save` does, a name with "/" as a tensor in nested dicts; metadata goes into the comment."""
+    tree, types = _tree(arrays), set(opcodes.STORAGES.values())
+    with open(path, "wb") as file, zipfile.ZipFile(file, "w") as archive:
+        for key, (name, array) in enumerate(arrays.items()):
+            array = reader.stored(array)
+            if array.dtype not in types:
+                raise errors.ArgumentError(
+                    f"{name}: expected one of the types that torch has storages of, got {array.dtype}; write .npz. Nothing was "
+                    "written."
+                )
+            storage = opcodes.Storage(str(key), array.dtype, array.size)
+            strides = [1, *itertools.accumulate(array.shape[:0:-1], int.__mul__)][::-1] if array.ndim else ()
+            _set(tree, name, opcodes.Tensor(storage, 0, array.shape, tuple(strides)))
+            _add(archive, file, f"data/{key}", array.reshape(-1).view(np.uint8).data)
+        _add(archive, file, "data.pkl", opcodes.write(tree))
+        _add(archive, file, "byteorder", b"little")
+        _add(archive, file, "version", b"3\n")
+        archive.comment = reader.comment(metadata)
+
+
+def _tree(names):
+    """Nested dicts with a None for each name, in order."""
+    tree = {}
+    for name in names:
+        *above, _ = parts = name.split("/")
+        here = tree
+        for part in above:
+            here = here.setdefault(part, {}) if here is not None else None
+        if here is None or parts[-1] in here or len(parts) > opcodes.MAX_DEPTH or not reader.is_name(name):
+            raise errors.ArgumentError(
+                f"{name[:80]!r}: expected a name that can stand in nested dicts, got one that begins another, or has more than "
+                f"{opcodes.MAX_DEPTH} parts; write .npz or .safetensors. Nothing was written."
+            )
+        here[parts[-1]] = None
+    return tree
+
+
+def _set(tree, name, tensor):
+    *above, last = name.split("/")
+    for part in above:
+        tree = tree[part]
+    tree[last] = tensor
+
+
+def _add(archive, file, name, data):
+    """Writes a member whose bytes begin at a multiple of `_ALIGNMENT`, which a field of padding in its header brings about."""
+    info = zipfile.ZipInfo(f"archive/{name}")  # of one date, so that equal weights make equal files
+    info.file_size = len(data)
+    large = 20 if len(data) * 1.05 > zipfile.ZIP64_LIMIT else 0  # bytes of the field for sizes above 4 GiB
+    padding = -(file.tell() + 30 + len(info.filename) + large + 4) % _ALIGNMENT
+    info.extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding
+    with archive.open(info, "w") as member:
+        member.write(data)
