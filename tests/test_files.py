@@ -250,6 +250,56 @@ def test_a_flipped_bit_is_refused_or_changes_nothing(tmp_path):
             assert got[name].tobytes() == original[name].tobytes()
 
 
-def test_a_missing_file_says_so():
+@pytest.mark.parametrize("open_file", [files.Npz, files.open_file])
+def test_a_missing_file_says_so(open_file):
     with pytest.raises(errors.ArgumentError, match="check the path"):
-        files.Npz("/no/such/file.npz")
+        open_file("/no/such/file.npz")
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize("kind", MALFORMED)
+def test_whatever_is_opened_by_its_content_is_refused_as_well(kind, tmp_path):
+    if kind == "safetensors":
+        pytest.skip("this one is well-formed, as its own format")
+    (tmp_path / "x").write_bytes(MALFORMED[kind][0])
+    with pytest.raises(errors.CheckpointFormatError, match="expected an intact .* Nothing was loaded"):
+        files.open_file(tmp_path / "x")
+
+
+@pytest.mark.parametrize("name", ["x", "x.h5", "x.pth.gz", "npz"])
+def test_a_name_without_a_known_ending_is_not_written(name, tmp_path):
+    with pytest.raises(errors.ArgumentError, match=f"{name}: expected a name that ends in .npz, .safetensors, .pth"):
+        files.write(tmp_path / name, {"a": np.ones(2)})
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_longest_ending_counts_and_a_temporary_file_has_it(tmp_path):
+    assert [files.ending(name) for name in ("a.pth.tar", "a.tar", "a.pt", "pth", pathlib.Path("b/c.safetensors"))] == [
+        ".pth.tar", None, ".pt", None, ".safetensors",
+    ]  # fmt: skip
+    with files.replacing(tmp_path / "a.pth.tar") as temporary:
+        assert temporary.endswith(".pth.tar")
+
+
+@pytest.mark.parametrize("ending", files.ENDINGS)
+def test_a_failure_while_writing_leaves_the_old_file_and_nothing_else(ending, tmp_path):
+    class Broken(dict):
+        def items(self):
+            yield "a", np.ones(2, "f4")
+            raise RuntimeError("no more")
+
+    path = tmp_path / f"x{ending}"
+    path.write_bytes(b"as it was")
+    with pytest.raises(RuntimeError, match="no more"):
+        files.write(path, Broken(a=None, b=None))
+    assert path.read_bytes() == b"as it was" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_scalar_stays_one_and_integers_keep_their_type(tmp_path):
+    arrays = {"steps": np.array(3), "mask": np.array([True, False]), "turned": np.asfortranarray(np.ones((2, 3), ">i4"))}
+    files.write(tmp_path / "x.npz", arrays)
+    archive = files.open_file(tmp_path / "x.npz")
+    assert archive.entries["steps"] == ((), np.dtype("int64"))
+    for name, array in arrays.items():
+        got = archive.exact(name)
+        assert got.shape == array.shape and got.dtype == array.dtype and np.array_equal(got, array)
