@@ -7,14 +7,15 @@ is in order.
   keras-vit convert scanned.npz single.npz --layout=linen
   keras-vit convert theirs.pth theirs.safetensors
   keras-vit evaluate ViT_B16 imagenet2012:validation
+  keras-vit validate ViT_B16 imagenet/val
   keras-vit fewshot ViT_B16:imagenet21k flowers --shots=1,5,10
   keras-vit doctor
 
 A file (.npz, .safetensors, or .pth and its like of PyTorch) is a path, a gs://, hf:// or https:// URL, timm/MODEL.TAG, an AugReg
 file name, or VARIANT:TAG with the names that `list` shows or upstream ones; VARIANT alone stands for VARIANT:imagenet. The exit
 status is 0, 1 after an error, which is one line on stderr, and 2 after wrong usage. Where Keras cannot be imported with its usual
-backend, all of these run under KERAS_BACKEND=numpy, evaluate and fewshot excepted: images are read by TensorFlow, and models run
-on the backend.
+backend, all of these run under KERAS_BACKEND=numpy, evaluate, validate and fewshot excepted: images are read by TensorFlow, and
+models run on the backend.
 """
 
 import argparse
@@ -44,7 +45,7 @@ from keras_vit import errors, zoo
 from keras_vit.checkpoints import augreg, fetch, files, load
 from keras_vit.checkpoints.weights import head_activation
 from keras_vit.data.pixels import Pixels
-from keras_vit.evaluation import classify, fewshot, real
+from keras_vit.evaluation import classify, fewshot, real, validate
 
 BACKENDS = ("tensorflow", "jax", "torch")
 PACKAGES = (
@@ -286,10 +287,22 @@ def convert(args):
 
 
 def evaluate(args):
-    dataset, split = _split(args.dataset)
-    source = _source(dataset, split, args)
+    return _evaluated(args, _source(*_split(args.dataset), args))
+
+
+def validate_(args):
+    from keras_vit.data import pipeline  # imports TensorFlow
+
+    root, split = _folder(args.folder)
+    return _evaluated(args, pipeline.open_source(root, split, on_error="keep"))
+
+
+def _evaluated(args, source):
+    """What `evaluate` and `validate_` do once the data set is open."""
+    dataset = source.dataset
     model, pixels = _model(args.model)
     options = _kind(model)
+    classify.check_classes(source.class_names, model.output_shape[-1], dataset)
     if model.output_shape[-1] != source.num_classes:
         raise errors.ArgumentError(
             f"{dataset} has {source.num_classes:,} classes ({_some(source.class_names)}) and {args.model} has "
@@ -300,11 +313,12 @@ def evaluate(args):
             f"{args.model}: its classifier is all zeros and prefers no class. Fine-tune it, or see keras-vit fewshot."
         )
     if args.real:
-        options["sets"] = real.sets(real.real_labels(args.real), real.file_names(source, args.data_dir))
-    told = {}
-    found = _reading(
-        lambda: classify.evaluate(model, _timed(_batches(source, model, pixels, args), told), worst=_SHOWN, **options), source
-    )
+        options["sets"] = real.sets(real.real_labels(args.real), real.file_names(source, getattr(args, "data_dir", None)))
+    settings = dict(size=model.input_shape[1:3], batch=args.batch, pixels=pixels, state=args.resume, worst=_SHOWN, **options)
+    if args.resume:
+        settings["identity"] = validate.identity(model)
+    done = _reading(lambda: validate.validate(model.predict_on_batch, source, **settings), source)
+    found, speed = done.evaluation, done.images_per_second
     classes = [
         dict(name=name, examples=int(count), accuracy=float(share) if count else None)
         for name, count, share in zip(source.class_names, found.class_examples, found.class_accuracy)
@@ -313,22 +327,28 @@ def evaluate(args):
         model=args.model, source=_info(model).get("source"), dataset=source.dataset, split=source.split, examples=found.examples,
         classes=source.num_classes, resolution=model.input_shape[1:3], preprocessing=pixels.asdict(), top1=found.accuracy,
         interval=found.interval, top5=found.top5, real=dataclasses.asdict(found.real) if found.real else None, nll=found.nll,
-        ece=found.ece, backend=keras.config.backend(), **told, per_class=classes,
+        ece=found.ece, backend=keras.config.backend(), images_per_second=speed, resumed=done.resumed,
+        unreadable=[dict(zip(("file", "reason"), each)) for each in done.unreadable], per_class=classes,
         worst=[dict(zip(("index", "label", "predicted", "probability"), each)) for each in found.worst],
     )  # fmt: skip
     facts = [
-        *_of_both(document), ("images", f"{found.examples:,}"),
+        *_of_both(document), ("resize", pixels.describe(model.input_shape[1:3])), ("images", f"{found.examples:,}"),
         ("top-1", f"{found.accuracy:.2%} ({found.interval[0]:.2%} to {found.interval[1]:.2%}, 95% Wilson)"),
         *([("top-5", f"{found.top5:.2%}")] if found.top5 is not None else []),
     ]  # fmt: skip
+    if done.unreadable:
+        named = _some([f"{path} ({why})" for path, why in done.unreadable])
+        facts.append(("unreadable", f"{len(done.unreadable):,}, counted as wrong: {named}"))
     if found.real:
         low, high = found.real.interval
         facts.append(("ReaL", f"{found.real.accuracy:.2%} ({low:.2%} to {high:.2%}) of {found.real.examples:,} images"))
     facts += [
         ("expected calibration error", f"{found.ece:.2%}, {classify.BINS} bins"),
         ("negative log-likelihood", f"{found.nll:.4f}"),
-        ("speed", f"{told['images_per_second']:,.1f} images/s with reading, on {keras.config.backend()}"),
+        ("speed", f"{speed:,.1f} images/s with reading, on {keras.config.backend()}" if speed else "nothing was left to do"),
     ]
+    if done.resumed:
+        facts.append(("resumed", f"from {args.resume}, which had {done.resumed:,} of the images"))
     order = np.argsort(found.class_accuracy, kind="stable")[: np.count_nonzero(found.class_examples)]  # NaN comes last
     rows = [
         (each["name"], f"{each['accuracy']:.1%}", f"{each['examples']:,}", _taken_for(found.confusion, number, source))
@@ -369,7 +389,7 @@ def _of_both(document):
     """What `evaluate` and `few_shot` say first."""
     height, width = document["resolution"]
     return [
-        ("model", document["model"]), ("data", f"{document['dataset']}, {document['split']}"),
+        ("model", document["model"]), ("data", ", ".join(filter(None, (document["dataset"], document["split"])))),
         ("classes", f"{document['classes']:,}"), ("pixels", f"{height} x {width}"),
     ]  # fmt: skip
 
@@ -385,6 +405,20 @@ def _split(word):
     """ "cifar10:train[:5%]" -> ("cifar10", "train[:5%]"); the split is "test" where none is named, and 5.1.0 is a version."""
     found = re.fullmatch(r"(.+?):([A-Za-z][\w-]*(?:\[[^]]*\])?)", word)
     return found.groups() if found and not os.path.isdir(word) else (word, "test")
+
+
+def _folder(word):
+    """(root, split) of a folder of <class>/<image>, of one that has it as val, validation or test, or of ROOT:SPLIT."""
+    if not os.path.isdir(word):
+        root, split = _split(word)
+        if os.path.isdir(root):
+            return root, split
+        raise errors.ArgumentError(f"{word}: expected a folder of <class>/<image>; see keras-vit evaluate for other data sets.")
+    inside = [split for split in ("val", "validation", "test", "train") if os.path.isdir(os.path.join(word, split))]
+    if inside and inside != ["train"]:
+        return word, inside[0]
+    root, name = os.path.split(os.path.abspath(word))
+    return (root, name) if name in ("val", "validation", "test", "train") else (word, None)
 
 
 def _source(dataset, split, args):
@@ -409,18 +443,6 @@ def _reading(run, source):
         return run()
     except tf.errors.OpError as error:
         return pipeline.raise_unreadable(error, source)
-
-
-def _timed(batches, told):
-    """The batches; at the end `told` gets the images per second, without the first batch, which compiles, if there are others."""
-    began, images, first = time.perf_counter(), 0, None
-    for batch in batches:
-        yield batch
-        images += len(batch[0])
-        first = first or (images, time.perf_counter())
-    if first and images > first[0]:
-        images, began = images - first[0], first[1]
-    told["images_per_second"] = images / (time.perf_counter() - began)
 
 
 def _info(model):
@@ -630,8 +652,15 @@ def _parser():
     added = command("evaluate", evaluate, "top-1 and top-5 with their certainty, calibration and speed of a model on a data set")
     added.add_argument("model", help="VARIANT[:WEIGHTS] or FILE.keras; WEIGHTS is a tag, AugReg file name, path or URL")
     added.add_argument("dataset", help="digits, a folder of SPLIT/<class>/<image>, or a TFDS name; with :SPLIT, by default test")
-    added.add_argument("--real", metavar="REAL.JSON", help="ImageNet-ReaL labels, for a data set that names its files")
-    _add_reading(added)
+    _add_evaluating(added)
+    added.add_argument("--data-dir", metavar="FOLDER", help="where TFDS keeps its data sets")
+    added = command(
+        "validate", validate_, "top-1, top-5 and images/s of a model on a folder of classes such as ImageNet's val; a file that "
+        "cannot be read is named and counts as wrong"
+    )  # fmt: skip
+    added.add_argument("model", help="VARIANT[:WEIGHTS] or FILE.keras; WEIGHTS is a tag, AugReg file name, path or URL")
+    added.add_argument("folder", help="of <class>/<image>, labels in the order of the names; or of val/<class>/<image>")
+    _add_evaluating(added)
     added = command(
         "fewshot", few_shot, "accuracy of a linear classifier learned in closed form from a few features of each class"
     )
@@ -647,16 +676,22 @@ def _parser():
         "--l2", type=functools.partial(_numbers, float), default=fewshot.L2, help=f"regularisation, one or more, by default {l2}"
     )
     added.add_argument("--seeds", type=_number, default=len(fewshot.SEEDS), help="draws of the images, by default 3")
-    _add_reading(added)
+    _add_batch(added)
+    added.add_argument("--data-dir", metavar="FOLDER", help="where TFDS keeps its data sets")
     added = command("doctor", doctor, "versions, devices and cache, and a training step on every backend installed")
     added.add_argument("--backend", action="append", choices=BACKENDS, help="only this one; may be repeated")
     added.add_argument("--timeout", type=float, default=TIMEOUT, metavar="SECONDS", help=f"for one backend, by default {TIMEOUT}")
     return parser
 
 
-def _add_reading(command):
+def _add_evaluating(command):
+    command.add_argument("--real", metavar="REAL.JSON", help="ImageNet-ReaL labels, for a data set that names its files")
+    command.add_argument("--resume", metavar="FILE", help="keep the counts there, and go on from it after an interruption")
+    _add_batch(command)
+
+
+def _add_batch(command):
     command.add_argument("--batch", type=_number, default=64, help="images at once, by default 64")
-    command.add_argument("--data-dir", metavar="FOLDER", help="where TFDS keeps its data sets")
 
 
 def _numbers(kind, text):

@@ -37,11 +37,11 @@ SAFE = {
     "Const", "Conv2D", "DecodeImage", "DecodeRaw", "DisableCopyOnRead", "EnsureShape", "Equal", "ExpandDims",
     "ExtractJpegShape", "FloorDiv", "FloorMod", "GreaterEqual", "Identity", "IsFinite", "Less", "LessEqual", "LogicalAnd",
     "MatMul", "MaxPool", "Maximum", "Mean", "Minimum", "Mul", "Neg", "NoOp", "Pack", "Placeholder", "Pow", "Range",
-    "ReadVariableOp", "RealDiv", "Relu", "Reshape", "ResizeBilinear", "Round", "Rsqrt", "ScaleAndTranslate", "Select", "SelectV2", "Shape", "Softmax", "Sqrt", "Square",
-    "SquaredDifference", "Squeeze", "StatefulPartitionedCall", "StatelessIf", "StatelessRandomGetKeyCounter",
-    "StatelessRandomUniformV2", "StopGradient", "StridedSlice", "StringJoin", "Sub", "Substr", "Sum", "Tanh",
-    "TensorListFromTensor", "TensorListGetItem", "TensorListReserve", "TensorListSetItem", "TensorListStack", "Tile",
-    "Transpose", "Unpack", "VarHandleOp", "While",
+    "ReadVariableOp", "RealDiv", "Relu", "Reshape", "ResizeBilinear", "Round", "Rsqrt", "ScaleAndTranslate", "Select",
+    "SelectV2", "Shape", "Softmax", "Sqrt", "Square", "SquaredDifference", "Squeeze", "StatefulPartitionedCall",
+    "StatelessIf", "StatelessRandomGetKeyCounter", "StatelessRandomUniformV2", "StopGradient", "StridedSlice", "StringJoin",
+    "Sub", "Substr", "Sum", "Tanh", "TensorListFromTensor", "TensorListGetItem", "TensorListReserve", "TensorListSetItem",
+    "TensorListStack", "Tile", "Transpose", "Unpack", "VarHandleOp", "While",
 }  # fmt: skip
 # What loading needs to fill variables from the module's own folder
 OF_LOADING = {"MergeV2Checkpoints", "RestoreV2", "SaveV2", "ShardedFilename", "StaticRegexFullMatch"}

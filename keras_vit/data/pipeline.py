@@ -183,15 +183,16 @@ def open_source(dataset, split, *, data_dir=None, manual_dir=None, on_error="rai
               of `train_test_split(test_size=360, random_state=0, stratify=labels)`, "train" the other 1,437. The values 0..16
               become uint8 by `round(value * 255 / 16)`, on three equal channels. (A folder of that name is "./digits".)
             - a folder with `{train,test}/<class>/<image>`: JPEG, PNG or WebP by content, ending in .jpg, .jpeg, .png or .webp
-              (any case). Labels follow the sorted class names. Hidden entries and `__MACOSX` are ignored; anything else that is
-              not read is listed in one warning.
+              (any case). With split None it is a folder of `<class>/<image>` itself. Labels follow the sorted class names. Hidden
+              entries and `__MACOSX` are ignored; anything else that is not read is listed in one warning.
             - a TFDS name such as "cifar10" or "imagenet2012:5.1.0", with features "image" and "label".
-        split: "train" or "test" for digits; the sub folder's name; or a TFDS split such as "train[:98%]".
+        split: "train" or "test" for digits; the sub folder's name, or None; or a TFDS split such as "train[:98%]".
         data_dir: where TFDS keeps its data sets; None is its own default.
         manual_dir: where TFDS finds files that a user must download by hand.
         on_error: "raise", or "skip": every image is decoded once now, on all cores, and what cannot be read is left out of the
             source, counted and listed in one warning and in `skipped`. So all who open it, for training or evaluation, leave out
-            the same.
+            the same. Or "keep", for a folder: what is no image by its first bytes stays among its `paths` and is found by who
+            reads it, as `numbered_batches` does; other data sets are opened as by "raise".
         limit: the largest share of the examples that "skip" may leave out.
 
     Returns:
@@ -203,15 +204,17 @@ def open_source(dataset, split, *, data_dir=None, manual_dir=None, on_error="rai
             more than `limit` of it cannot be read.
         ArgumentError: `on_error` or `limit` is none of those.
     """
-    if on_error not in ("raise", "skip") or isinstance(limit, bool) or not isinstance(limit, Real) or not 0 <= limit <= 1:
+    if on_error not in ("raise", "skip", "keep") or isinstance(limit, bool) or not isinstance(limit, Real) or not 0 <= limit <= 1:
         raise ArgumentError(
-            f"on_error must be 'raise' or 'skip' and limit a share from 0 to 1, got on_error={on_error!r}, limit={limit!r}."
+            f"on_error must be 'raise', 'skip' or 'keep' and limit a share from 0 to 1, got on_error={on_error!r}, "
+            f"limit={limit!r}."
         )
-    dataset, split, limit = os.fspath(dataset), str(split), limit if on_error == "skip" else None
+    dataset, split = os.fspath(dataset), None if split is None else str(split)
+    limit = limit if on_error == "skip" else None
     if dataset == "digits":
         return _open_digits(split)
     if os.path.isdir(os.path.expanduser(dataset)):
-        return _open_folder(os.path.expanduser(dataset), split, limit)
+        return _open_folder(os.path.expanduser(dataset), split, limit, on_error == "keep")
     return _open_tfds(dataset, split, data_dir, manual_dir, limit)
 
 
@@ -382,6 +385,45 @@ def eval_batches(source, *, size, batch, pixels=GOOGLE, prefetch=2):
 
     data = source.ordered().map(prepare, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).batch(batch)
     return data.map(lambda images, labels: (images, one_hot(labels, source.num_classes))).prefetch(prefetch)
+
+
+def numbered_batches(source, *, size, batch, pixels=GOOGLE, prefetch=2, start=0):
+    """As `eval_batches`, from the example `start` on, and past the files of a folder that cannot be read: `why_unreadable`.
+
+    Args and errors are those of `train_batches`; another data set than a folder raises what cannot be read.
+
+    Returns:
+        A `tf.data.Dataset` with int64 (n,) numbers of the examples, increasing, float32 (n, height, width, 3) and int64 (n,)
+        labels. What could not be read is missing among the numbers.
+    """
+    size = _height_width(size)
+    _whole_numbers(1, batch=batch)
+    _whole_numbers(0, prefetch=prefetch, start=start)
+
+    def prepare(index, example):
+        content, label = source.read(example)
+        return index, eval_image(_decoded(content), size, pixels), label
+
+    data = source.ordered().map(lambda _, example: example).enumerate().skip(start)
+    data = data.map(prepare, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    return (data.ignore_errors() if source.paths else data).batch(batch).prefetch(prefetch)
+
+
+def why_unreadable(source, numbers):
+    """[(file, label, reason)] of those of a folder's files that `numbered_batches` went past, in their order.
+
+    Raises:
+        DataError: one of them can be read now, so that the disk, the network or the memory is at fault and not the file.
+    """
+    paths = [source.paths[number] for number in numbers]
+    faults = {path: why for _, path, why in _undecodable((number, path, None) for number, path in enumerate(paths))[0]}
+    for path in paths:
+        if path not in faults:
+            raise DataError(
+                f"{path} could not be read, and a moment later it could: the disk, the network or a lack of memory is at fault. "
+                "Run it again."
+            )
+    return [(path, source.class_names.index(Path(path).parent.name), faults[path]) for path in paths]
 
 
 def eval_image(image, size, pixels=GOOGLE):
@@ -612,6 +654,16 @@ def _shard_fault(path, records):
 
 def _faults(source):
     """([(number, file or "example N", reason)] of what cannot be decoded, how many examples there are)."""
+    if source.paths:
+        return _undecodable((index, path, None) for index, path in enumerate(source.paths))
+    if isinstance(source, _Stream):
+        data = source.ordered().as_numpy_iterator()
+        return _undecodable((int(index), f"example {index}", content) for index, (content, _) in data)
+    return [], source.num_examples
+
+
+def _undecodable(items):
+    """`_faults` of an iterator of (number, name, content); without a content it is the file of that name."""
 
     def reason(item):
         try:
@@ -624,12 +676,6 @@ def _faults(source):
             return error.strerror if isinstance(error, OSError) else _plain(error.message)
         return None
 
-    if source.paths:
-        items = ((index, path, None) for index, path in enumerate(source.paths))
-    elif isinstance(source, _Stream):
-        items = ((int(index), f"example {index}", content) for index, (content, _) in source.ordered().as_numpy_iterator())
-    else:
-        return [], source.num_examples
     faults, total = [], 0
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         while chunk := list(itertools.islice(items, 256)):
@@ -811,16 +857,19 @@ def _open_digits(split):
     return _Indexed("digits", split, names, len(chosen), origin="digits", read=lambda index: (values[index], labels[index]))
 
 
-def _open_folder(root, split, limit):
+def _open_folder(root, split, limit, keep):
     splits = _folders(root)
-    if split not in splits:
+    if split is not None and split not in splits:
         raise DataError(f"{root} has no split {split!r} but {splits}. Expected {root}/{{train,test}}/<class>/<image>.")
-    folder = os.path.join(root, split)
+    folder = root if split is None else os.path.join(root, split)
     names = _folders(folder)
     if not names:
-        raise DataError(f"The folder {folder} has no class folder. Expected {folder}/<class>/<image>.")
+        raise DataError(
+            f"The folder {folder} has no class folder. Expected {folder}/<class>/<image>; ImageNet's val, which is published in "
+            "one heap, must be sorted into a folder for each WordNet id."
+        )
     sibling = "train" if split != "train" else "test"
-    if sibling in splits:
+    if split is not None and sibling in splits:
         others = _folders(os.path.join(root, sibling))
         if others != names:
             raise DataError(
@@ -841,7 +890,7 @@ def _open_folder(root, split, limit):
             paths += images
             labels += [label] * len(images)
     bad = [(path, why) for path, (why, _) in zip(paths, heads) if why]
-    if bad and limit is None:
+    if bad and limit is None and not keep:
         raise _unreadable(bad)
     if skipped:
         warnings.warn(f"{len(skipped)} entries are not read as images ({', '.join(ENDINGS)}): {_listed(skipped)}", stacklevel=3)

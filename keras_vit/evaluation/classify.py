@@ -4,6 +4,8 @@ import dataclasses
 import heapq
 import json
 import math
+import pathlib
+import re
 
 import keras
 import numpy as np
@@ -15,10 +17,46 @@ from keras_vit.checkpoints.weights import IMAGENET21K
 _IMAGENET1K = f"{STORAGE}/download.tensorflow.org/data/imagenet_class_index.json"  # of keras.applications
 _IMAGENET21K = f"{STORAGE}/bit_models/imagenet21k_wordnet_ids.txt", f"{STORAGE}/bit_models/imagenet21k_wordnet_lemmas.txt"
 
+_WORDNET = re.compile(r"n\d{8}")
+
 BINS = 15  # of the calibration (Guo et al., section 5)
 CONFUSION = 4096  # classes up to which a confusion matrix is kept: 128 MiB
 TINY = float(np.finfo(np.float32).tiny)  # below it a probability counts as this
 Z = 1.959963984540054  # 97.5% of a normal distribution lie below
+
+
+def imagenet_ids():
+    """The 1,000 WordNet ids of ImageNet-1k (ILSVRC 2012) in the order of its labels, which is sorted."""
+    return pathlib.Path(__file__).with_name("imagenet1k.txt").read_text(encoding="ascii").split()
+
+
+def check_classes(names, classes, where):
+    """Refuses a data set of ImageNet of which a model of 1,000 classes would take the labels for others.
+
+    Args:
+        names: of the data set's classes, in the order of its labels.
+        classes: how many the model tells apart.
+        where: what holds the data, for the message.
+
+    Raises:
+        errors.DataError: there are WordNet ids among the names, and they are not the 1,000 of ImageNet-1k; those that are missing
+            or too many are named.
+    """
+    if classes != 1000 or not any(_WORDNET.fullmatch(name) for name in names):
+        return
+    expected = imagenet_ids()
+    missing, strange = sorted(set(expected) - set(names)), sorted(set(names) - set(expected))
+    if missing or strange:
+        told = [f"{len(each)} {what}: {_few(each)}" for each, what in ((missing, "missing"), (strange, "unknown")) if each]
+        raise errors.DataError(
+            f"{where}: expected the 1,000 classes of ImageNet-1k, WordNet ids n01440764 to n15075141, got {len(names):,}; "
+            f"{'; '.join(told)}. Labels follow the sorted names, so that a gap shifts all behind it: restore the classes with "
+            "their images, and move out what is none."
+        )
+
+
+def _few(names, most=8):
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def class_names(classes):
@@ -95,7 +133,7 @@ class Evaluation:
     """What `evaluate` found.
 
     Attributes:
-        examples: how many.
+        examples: how many, those that could not be read included.
         accuracy: top-1, the share of examples whose label has the best score.
         interval: (low, high) of the accuracy, see `wilson_interval`.
         top5: share of examples whose label is among the best five; None with five classes or fewer.
@@ -108,6 +146,8 @@ class Evaluation:
         worst: [(index, label, predicted, probability of the predicted)] of the wrong predictions of highest loss, that first;
             index counts the examples from 0 in the order of the batches.
         real: a `Real`, or None where no sets of labels were given.
+        unreadable: how many of the examples could not be read (`Tally.miss`). They count as wrong in every accuracy, and not at
+            all in nll, ece, calibration and confusion.
     """
 
     examples: int
@@ -122,6 +162,7 @@ class Evaluation:
     confusion: np.ndarray | None
     worst: list
     real: Real | None
+    unreadable: int = 0
 
 
 def evaluate(model, batches, **options):
@@ -173,8 +214,8 @@ def evaluate_scores(batches, *, from_logits=False, multi_label=False, worst=24, 
                     f"evaluate: expected scores of shape (batch, classes), got {scores.shape}; evaluate a model that has one "
                     "score for each class."
                 )
-            tally = _Tally(scores.shape[1], from_logits, multi_label, worst, sets)
-        tally.add(scores, _whole_labels(scores, np.asarray(labels), tally.examples))
+            tally = Tally(scores.shape[1], from_logits, multi_label, worst, sets)
+        tally.add(scores, labels)
     if tally is None or not tally.examples:
         raise errors.DataError("evaluate: the data set has no examples; check its split.")
     return tally.evaluation()
@@ -241,7 +282,10 @@ def _whole_labels(scores, labels, before):
 
 
 def _others(scores, labels, before):
-    """How many other classes score as high as the label or higher, (b,), and the best class, never the label if it ties."""
+    """How many other classes score as high as the label or higher, (b,), and the best class, never the label if it ties.
+
+    `before` is the number of the first example.
+    """
     broken = ~np.isfinite(scores.max(axis=1))  # a class may be ruled out by a logit of minus infinity
     if broken.any():
         raise errors.DataError(
@@ -256,12 +300,19 @@ def _others(scores, labels, before):
     return others, np.where(others == 0, labels, rivals.argmax(axis=1))
 
 
-class _Tally:
-    """The sums behind an `Evaluation`."""
+class Tally:
+    """The sums behind an `Evaluation`, example by example in their order; what `record` gives brings them back.
 
-    def __init__(self, classes, from_logits, multi_label, worst, sets):
+    Args:
+        classes: how many.
+        from_logits, multi_label, worst, sets: of `evaluate_scores`.
+    """
+
+    _COUNTS = ("examples", "right", "in_five", "set_examples", "set_right", "unreadable")
+
+    def __init__(self, classes, from_logits=False, multi_label=False, worst=24, sets=None):
         self.from_logits, self.multi_label, self.sets = from_logits, multi_label, sets
-        self.examples = self.right = self.in_five = self.set_examples = self.set_right = 0
+        self.examples = self.right = self.in_five = self.set_examples = self.set_right = self.unreadable = 0
         self.nll = 0.0
         self.bins = np.zeros((BINS, 3))  # examples, sum of confidences, right ones
         self.classes = np.zeros((classes, 2), np.int64)  # examples, right ones
@@ -269,6 +320,14 @@ class _Tally:
         self.worst, self.mistakes = worst, []  # a heap of (loss, -index, label, predicted, probability), the mildest on top
 
     def add(self, scores, labels):
+        """Counts a batch: scores (b, classes), labels as in `evaluate`. Raises as `evaluate_scores` does."""
+        scores = np.asarray(keras.ops.convert_to_numpy(scores), np.float64)
+        if scores.ndim != 2 or scores.shape[1] != len(self.classes):
+            raise errors.ArgumentError(
+                f"evaluate: expected scores of shape (batch, {len(self.classes)}), got {scores.shape}; do data set and model "
+                "have the same classes?"
+            )
+        labels = _whole_labels(scores, np.asarray(labels), self.examples)
         others, predicted = _others(scores, labels, self.examples)
         loss, probability = self._likelihood(scores, labels, predicted)
         right = others == 0
@@ -287,6 +346,38 @@ class _Tally:
         self.right += int(right.sum())
         self.in_five += int(np.sum(others < 5))
         self.nll += float(loss.sum())
+
+    def miss(self, label):
+        """Counts the next example, of that label, which could not be read, as wrong."""
+        if self.sets is not None and self._set(self.examples, len(self.classes)):
+            self.set_examples += 1
+        self.classes[label, 0] += 1
+        self.examples += 1
+        self.unreadable += 1
+
+    def record(self):
+        """All sums, as JSON keeps them to the last bit; `restore` reads it."""
+        found = {name: getattr(self, name) for name in self._COUNTS}
+        rows = () if self.confusion is None else np.argwhere(self.confusion)
+        return found | dict(
+            nll=self.nll, bins=self.bins.tolist(), classes=self.classes.tolist(),
+            confusion=[[int(i), int(j), int(self.confusion[i, j])] for i, j in rows],
+            mistakes=[[*map(float, (loss, share)), *map(int, whole)] for loss, *whole, share in self.mistakes],
+        )  # fmt: skip
+
+    def restore(self, record):
+        """Goes on from what `record` gave.
+
+        Raises:
+            KeyError, TypeError, ValueError, IndexError: it is no such record, or one of another number of classes.
+        """
+        for name in self._COUNTS:
+            setattr(self, name, int(record[name]))
+        self.nll = float(record["nll"])
+        self.bins[:], self.classes[:] = record["bins"], record["classes"]
+        for i, j, count in record["confusion"]:
+            self.confusion[i, j] = count
+        self.mistakes = [(loss, *whole, share) for loss, share, *whole in record["mistakes"]]
 
     def _likelihood(self, scores, labels, predicted):
         """The loss of each label in nats, and the probability of each prediction."""
@@ -313,18 +404,27 @@ class _Tally:
 
     def _add_sets(self, scores):
         for number, row in enumerate(scores, self.examples):
-            if number >= len(self.sets):
-                raise errors.DataError(f"evaluate: there are more examples than the {len(self.sets)} sets of labels.")
-            right = list(self.sets[number])
+            right = self._set(number, len(row))
             if right:
-                if not 0 <= min(right) <= max(right) < len(row):
-                    raise errors.ArgumentError(f"evaluate: the set of example {number} is {right}, expected 0 to {len(row) - 1}.")
                 among = np.zeros(len(row), bool)
                 among[right] = True
                 self.set_examples += 1
                 self.set_right += bool(row[among].max() > row[~among].max(initial=-np.inf))
 
+    def _set(self, number, classes):
+        if number >= len(self.sets):
+            raise errors.DataError(f"evaluate: there are more examples than the {len(self.sets)} sets of labels.")
+        right = list(self.sets[number])
+        if right and not 0 <= min(right) <= max(right) < classes:
+            raise errors.ArgumentError(f"evaluate: the set of example {number} is {right}, expected 0 to {classes - 1}.")
+        return right
+
     def evaluation(self):
+        """The `Evaluation` of what was counted. Raises errors.DataError where nothing could be read, or a set is missing."""
+        read = self.examples - self.unreadable
+        if not read:
+            what = f"none of the {self.examples} examples can be read" if self.examples else "the data set has no examples"
+            raise errors.DataError(f"evaluate: {what}; check its split.")
         if self.sets is not None and len(self.sets) != self.examples:
             raise errors.DataError(
                 f"evaluate: expected a set of labels for each of {self.examples} examples, got {len(self.sets)}."
@@ -339,14 +439,15 @@ class _Tally:
             accuracy=self.right / self.examples,
             interval=wilson_interval(self.right, self.examples),
             top5=self.in_five / self.examples if len(self.classes) > 5 else None,
-            nll=self.nll / self.examples,
-            ece=float(np.abs(confidences - right).sum() / self.examples),
+            nll=self.nll / read,
+            ece=float(np.abs(confidences - right).sum() / read),
             calibration=calibration,
             class_examples=self.classes[:, 0],
             class_accuracy=class_accuracy,
             confusion=self.confusion,
             worst=[(int(-place), int(label), int(best), float(share)) for _, place, label, best, share in worst],
             real=None if self.sets is None else self._real(),
+            unreadable=self.unreadable,
         )
 
     def _real(self):
