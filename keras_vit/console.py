@@ -1,5 +1,5 @@
-"""The command `keras-vit`: what there is, what a file is, downloads, other layouts, how good a model is, and whether this machine
-is in order.
+"""The command `keras-vit`: what there is, what a file is, downloads, other layouts, how good a model is, what it looks at, and
+whether this machine is in order.
 
   keras-vit list 'ViT_B*'
   keras-vit inspect ViT_B16:imagenet21k
@@ -9,13 +9,14 @@ is in order.
   keras-vit evaluate ViT_B16 imagenet2012:validation
   keras-vit validate ViT_B16 imagenet/val
   keras-vit fewshot ViT_B16:imagenet21k flowers --shots=1,5,10
+  keras-vit explain gradcam ViT_B16 flower.jpg --class=985
   keras-vit doctor
 
 A file (.npz, .safetensors, or .pth and its like of PyTorch) is a path, a gs://, hf:// or https:// URL, timm/MODEL.TAG, an AugReg
 file name, or VARIANT:TAG with the names that `list` shows or upstream ones; VARIANT alone stands for VARIANT:imagenet. The exit
 status is 0, 1 after an error, which is one line on stderr, and 2 after wrong usage. Where Keras cannot be imported with its usual
-backend, all of these run under KERAS_BACKEND=numpy, evaluate, validate and fewshot excepted: images are read by TensorFlow, and
-models run on the backend.
+backend, all of these run under KERAS_BACKEND=numpy, evaluate, validate, fewshot and explain excepted: images are read by
+TensorFlow, and models run on the backend.
 """
 
 import argparse
@@ -43,7 +44,7 @@ import numpy as np
 import keras_vit
 from keras_vit import errors, zoo
 from keras_vit.checkpoints import augreg, fetch, files, load
-from keras_vit.checkpoints.weights import head_activation
+from keras_vit.checkpoints.weights import IMAGENET21K, head_activation
 from keras_vit.data.pixels import Pixels
 from keras_vit.evaluation import classify, fewshot, real, validate
 
@@ -495,6 +496,42 @@ def _kind(model):
     return dict(kinds[activation])
 
 
+def gradcam(args):
+    from keras_vit.data import pipeline
+    from keras_vit.explain import gradcam
+
+    target = args.out or pathlib.Path(f"{pathlib.Path(args.image).stem}-gradcam.png")
+    gradcam.check_png(target)
+    content = pipeline.read_image(args.image)
+    model, pixels = _model(args.model)
+    size = model.input_shape[1:3]
+    image = pipeline.eval_image(content, size, pixels).numpy()[None]
+    (heat,), (number,), layer = gradcam.gradcam(model, image, args.class_, args.layer)
+    scores = keras.ops.convert_to_numpy(model(image, training=False))[0]
+    names, missing = {}, []
+    try:
+        if len(scores) in (1000, IMAGENET21K):
+            names = dict(enumerate(name for _, name in classify.class_names(len(scores))))
+    except errors.DownloadError as error:
+        missing = [("names", f"of the classes could not be had: {error}")]
+    best = [
+        {"class": int(each), "name": names.get(each), "score": float(scores[each])}
+        for each in np.argsort(-scores, kind="stable")[:5]
+    ]
+    seen = pipeline.eval_image(content, size, dataclasses.replace(pixels, mean=(0,) * 3, std=(1,) * 3)).numpy()
+    gradcam.save_png(target, gradcam.overlay(seen, heat))
+    document = {
+        "model": args.model, "image": args.image, "layer": layer, "class": int(number), "name": names.get(number),
+        "resolution": size, "backend": keras.config.backend(), "predictions": best, "path": str(target),
+    }  # fmt: skip
+    facts = [
+        ("model", args.model), ("image", args.image), ("class", " ".join(map(str, filter(None, (number, names.get(number)))))),
+        ("layer", layer), *missing, ("written", f"{target}, {size[0]} x {size[1]} as the model sees it"),
+    ]  # fmt: skip
+    rows = [(each["class"], f"{each['score']:.4f}", each["name"] or "") for each in best]
+    return document, [((), facts), (("class", "score", "name" if names else ""), rows)], 0
+
+
 def doctor(args):
     versions = {}
     for name in PACKAGES:
@@ -624,8 +661,8 @@ def _parser():
     parser.add_argument("--version", action="version", version=f"%(prog)s {keras_vit.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name, run, does):
-        added = commands.add_parser(name, help=does, description=f"{does[0].upper()}{does[1:]}.")
+    def command(name, run, does, among=commands):
+        added = among.add_parser(name, help=does, description=f"{does[0].upper()}{does[1:]}.")
         added.set_defaults(run=run)
         added.add_argument("--json", action="store_true", help="print one JSON document")
         return added
@@ -678,6 +715,13 @@ def _parser():
     added.add_argument("--seeds", type=_number, default=len(fewshot.SEEDS), help="draws of the images, by default 3")
     _add_batch(added)
     added.add_argument("--data-dir", metavar="FOLDER", help="where TFDS keeps its data sets")
+    explain = commands.add_parser("explain", help="show what a model looks at").add_subparsers(required=True, metavar="HOW")
+    added = command("gradcam", gradcam, "write where in an image a class's score comes from, in colour over the image", explain)
+    added.add_argument("model", help="VARIANT[:WEIGHTS] or FILE.keras")
+    added.add_argument("image", help="file, such as a JPEG or PNG")
+    added.add_argument("--class", type=int, dest="class_", metavar="NUMBER", help="by default the one of the highest score")
+    added.add_argument("--layer", help="such as block_11/attention_norm; by default in the last block")
+    added.add_argument("--out", type=pathlib.Path, metavar="FILE.png", help="by default IMAGE-gradcam.png in this folder")
     added = command("doctor", doctor, "versions, devices and cache, and a training step on every backend installed")
     added.add_argument("--backend", action="append", choices=BACKENDS, help="only this one; may be repeated")
     added.add_argument("--timeout", type=float, default=TIMEOUT, metavar="SECONDS", help=f"for one backend, by default {TIMEOUT}")

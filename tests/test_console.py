@@ -499,6 +499,59 @@ def test_fewshot_tells_what_is_learned_from_the_features_of_any_head(run, traine
     assert 10 < float(lines[-1].split()[2].rstrip("%")) < 100
 
 
+# --- explain
+
+
+@pytest.fixture(scope="module")
+def flower(mu, tmp_path_factory):
+    """A folder of a classifier, one of zeros, and a photograph."""
+    folder = tmp_path_factory.mktemp("flower")
+    mu.save(folder / "mu.keras")
+    keras_vit.ViT_mu(weights=None, classes=7).save(folder / "zeros.keras")
+    keras_vit.ViT_mu(weights=None, include_top=False).save(folder / "features.keras")
+    photograph = np.random.default_rng(0).integers(0, 256, (40, 60, 3))
+    keras.utils.save_img(folder / "flower.png", photograph, scale=False)
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 no more")
+    return folder
+
+
+def test_gradcam_writes_the_image_that_the_model_sees_and_tells_the_best_classes(run, mu, flower, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, told, _ = run("explain", "gradcam", flower / "mu.keras", flower / "flower.png", "--class=3", "--json")
+    assert status == 0 and told["path"] == "flower-gradcam.png" and told["class"] == 3 and told["layer"].startswith("block_1")
+    seen = keras.utils.img_to_array(keras.utils.load_img(told["path"]))
+    image = pipeline.eval_image(pipeline.read_image(flower / "flower.png"), (48, 48)).numpy()
+    assert seen.shape == (48, 48, 3) and 0 < np.abs(seen - 127.5 * (image + 1)).mean() < 100
+    scores = mu.predict_on_batch(image[None])[0]
+    best = np.argsort(-scores)[:5]
+    assert [each["class"] for each in told["predictions"]] == best.tolist()
+    np.testing.assert_allclose([each["score"] for each in told["predictions"]], scores[best], atol=1e-6)
+    status, text, _ = run("explain", "gradcam", flower / "mu.keras", flower / "flower.png", "--layer=block_0", "--out=x.png")
+    lines = [line.split() for line in text.splitlines()]
+    assert status == 0 and ["class", str(best[0])] in lines and ["layer", "block_0"] in lines
+    assert_nothing_written(tmp_path, "flower-gradcam.png", "x.png")
+
+
+@pytest.mark.parametrize(
+    "words, match",
+    [
+        (["zeros.keras", "flower.png"], "head is all zeros"),
+        (["features.keras", "flower.png"], "include_top=True"),
+        (["mu.keras", "broken.jpg"], "broken.jpg .*Replace or remove"),
+        (["mu.keras", "none.png"], "none.png .No such file"),
+        (["mu.keras", "flower.png", "--layer=blok_1"], "nearest: block_1"),
+        (["mu.keras", "flower.png", "--class=7"], r"whole number of 0\.\.6"),
+        (["mu.keras", "flower.png", "--out=x.jpg"], "ends in .png"),
+        (["mu.kera", "flower.png"], "expected VARIANT"),
+    ],
+)
+def test_gradcam_refuses_what_it_cannot_explain_and_writes_nothing(run, flower, tmp_path, monkeypatch, words, match):
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run("explain", "gradcam", flower / words[0], flower / words[1], *words[2:])
+    assert status == 1 and not out and re.search(match, err)
+    assert_nothing_written(tmp_path)
+
+
 # --- doctor
 
 

@@ -15,6 +15,7 @@ from conftest import randomise
 import keras_vit
 from keras_vit import zoo
 from keras_vit.checkpoints.load import named_weights
+from keras_vit.explain.gradcam import gradcam
 
 # models_test.py of google-research/vision_transformer: parameters at 224 x 224 with 1,000 classes
 ORIGINAL_SIZES = {
@@ -147,6 +148,13 @@ def test_features_and_what_lies_inside_blocks_are_tapped_from_the_same_graph(row
 
 
 @each_wiring
+def test_gradcam_finds_a_place_that_the_scores_depend_on(row):
+    maps, classes, _ = gradcam(shrunk(row), images(row, 3), [0, 1, 4])
+    assert maps.shape == (3, *SMALL[row.family.name][0][:2]) and classes.tolist() == [0, 1, 4]
+    assert np.isin(maps.max((1, 2)), (0, 1)).all() and maps.max() == 1 and maps.min() == 0
+
+
+@each_wiring
 def test_mixed_bfloat16_is_finite_and_close_with_softmax_and_logits_in_float32(row):
     model = shrunk(row, classifier_activation=None)
     before = keras.config.dtype_policy()
@@ -162,6 +170,7 @@ def test_mixed_bfloat16_is_finite_and_close_with_softmax_and_logits_in_float32(r
     got, expected = mixed.predict_on_batch(images(row)), model.predict_on_batch(images(row))
     assert np.isfinite(got).all()
     np.testing.assert_allclose(got, expected, atol=0.03 * np.abs(expected).max())
+    assert gradcam(mixed, images(row)).layer == gradcam(model, images(row)).layer
 
 
 @each_wiring

@@ -508,6 +508,21 @@ def decode(data):
     return tf.ensure_shape(tf.io.decode_image(data, channels=3, expand_animations=False), [None, None, 3])
 
 
+def read_image(path):
+    """An image file -> uint8 (h, w, 3) numpy; see `decode`.
+
+    Raises:
+        DataError: it cannot be read or decoded.
+    """
+    try:
+        with open(path, "rb") as file:
+            return decode(tf.constant(file.read())).numpy()
+    except OSError as error:
+        raise _unreadable([(path, error.strerror)]) from error
+    except tf.errors.OpError as error:
+        raise _unreadable([(path, _plain(error.message))]) from error
+
+
 def random_crop(content, seed, is_jpeg=None):
     """What `Source.read` gives -> uint8 (h, w, 3): the box that `random_box` draws of it. Of a JPEG, no more is decoded.
 
