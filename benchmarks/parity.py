@@ -16,7 +16,7 @@ import keras
 import numpy as np
 
 import keras_vit
-from benchmarks import parity_training
+from benchmarks import parity_objectives, parity_training
 from keras_vit import zoo
 from keras_vit.checkpoints import adapt, load
 from keras_vit.checkpoints.files import open_file
@@ -496,6 +496,7 @@ RUNNERS = {
     "train": run_train,
     "sam_gsam": run_sam_gsam,
     "adafactor": run_adafactor,
+    "deit_loss": parity_objectives.run_deit_loss,
 }
 
 

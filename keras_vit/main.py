@@ -37,7 +37,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
 import keras_vit
-from keras_vit import errors, hub, zoo
+from keras_vit import errors, hub, teachers, zoo
 from keras_vit.checkpoints import files
 from keras_vit.configs import models
 from keras_vit.data import pipeline
@@ -45,7 +45,7 @@ from keras_vit.data.augment import LEVELS, augreg_level, shifted
 from keras_vit.data.pixels import Pixels
 from keras_vit.evaluation import classify, speed
 from keras_vit.evaluation.sample import training_sample
-from keras_vit.training import callbacks, finetune, optimizers, report, state, strategy
+from keras_vit.training import callbacks, finetune, objectives, optimizers, report, state, strategy
 from keras_vit.training.losses import SigmoidCrossEntropy
 from keras_vit.training.metrics import Metrics
 from keras_vit.training.schedules import DECAYS, WarmupDecay
@@ -148,6 +148,7 @@ def check_config(config):
             f"config.batch must be a multiple of config.accum_steps, got {config.batch} and {config.accum_steps}; change either."
         )
     lr_rules(config)
+    _check_distillation(config)
     if config.steps_on_device > 1:
         for key in ("total_steps", "eval_every", "progress_every", "checkpoint_every"):
             if config[key] % config.steps_on_device:
@@ -166,6 +167,27 @@ def check_config(config):
         raise errors.ConfigError(
             f"config.warmup_steps must be less than config.total_steps, got {config.warmup_steps} and {config.total_steps}; "
             "pass a smaller --config.warmup_steps."
+        )
+
+
+def _check_distillation(config):
+    given = config.distillation
+    try:
+        objectives.check_distillation(given.type, given.tau, given.alpha)
+        if given.type != "none" and given.teacher:
+            teachers.find(given.teacher)
+    except errors.ArgumentError as error:
+        raise errors.ConfigError(f"config.distillation: {error}") from error
+    if given.type != "none" and not given.teacher:
+        raise errors.ConfigError(
+            f"config.distillation.type={given.type!r} needs a teacher: pass --config.distillation.teacher= VARIANT:WEIGHTS, a "
+            ".keras file or the folder of a TF-Hub module."
+        )
+    mixing = max(config.mixup, config.cutmix, augreg_level(config.augreg)[2])
+    if given.type != "none" and given.cache and mixing:
+        raise errors.ConfigError(
+            "config.distillation.cache keeps the teacher's logits of single images, which Mixup and CutMix mix: set "
+            "config.mixup, config.cutmix and config.augreg to none of them, or leave the cache out."
         )
 
 
@@ -241,13 +263,18 @@ def build_model(config, classes):
     elif config.position_stddev is not None:
         positions = model.get_layer("tokens").positions
         positions.assign(keras.random.normal(positions.shape, stddev=config.position_stddev, seed=config.seed))
-    bias = model.get_layer("head").bias
-    bias.assign(keras.ops.full(bias.shape, config.head_bias))
+    for layer in model.layers:
+        if layer.name in ("head", "head_distillation"):
+            layer.bias.assign(keras.ops.full(layer.bias.shape, config.head_bias))
     return model
 
 
-def build_learner(config, model):
-    """What is fitted: `model` up to its logits, compiled with the optimizer and the loss of `config`; and the schedule."""
+def build_learner(config, model, teacher=None):
+    """What is fitted: `model` up to its logits, compiled with the optimizer and the loss of `config`; and the schedule.
+
+    Args:
+        teacher: an `objectives.Teacher`; None without one, and where its logits come with the batches.
+    """
     schedule = WarmupDecay(
         config.total_steps, config.base_lr, config.decay_type, config.warmup_steps, config.linear_end, config.timescale,
         config.cooldown_steps,
@@ -270,9 +297,14 @@ def build_learner(config, model):
         "sam": SAM(config.rho) if config.two_pass == "sam" else None,
         "gsam": GSAM(config.rho, config.rho_min, config.gsam_alpha, config.base_lr, least) if config.two_pass == "gsam" else None,
     }[config.two_pass]
+    given = config.distillation
+    two = any(layer.name == "head_distillation" for layer in model.layers)
+    objective = None
+    if given.type != "none" or two:
+        objective = objectives.Distillation.of(model, given.type, given.tau, given.alpha, teacher)
     learner = Learner(
-        model.inputs, zoo.tap(model, "head"), parts=config.accum_steps, clip_norm=config.grad_norm_clip, two_pass=two_pass,
-        steps_on_device=config.steps_on_device,
+        model.inputs, objectives.logits(model), parts=config.accum_steps, clip_norm=config.grad_norm_clip, two_pass=two_pass,
+        objective=objective, steps_on_device=config.steps_on_device,
     )  # fmt: skip
     learner.compile(optimizer, LOSSES[config.loss](config.label_smoothing))
     learner.optimizer.build(learner.trainable_variables)
@@ -288,14 +320,14 @@ def _sources(config):
     return source(config.pp.train), source(config.pp.test)
 
 
-def _train_batches(config, source, pixels, start=0, shard=(0, 1)):
+def _train_batches(config, source, pixels, start=0, shard=(0, 1), targets=None):
     """The batches from step `start` on: one worker's slices of them."""
     layers, magnitude, mixup = augreg_level(config.augreg)
     batches = pipeline.train_batches(
         source, size=config.pp.crop, batch=config.batch, pixels=pixels, seed=config.seed, shuffle_buffer=config.shuffle_buffer,
         augment=config.augment == "crop_flip", prefetch=config.prefetch, start=start * config.batch, shard=shard,
         randaugment=(layers, magnitude) if layers else None, mixup=max(mixup, config.mixup), cutmix=config.cutmix,
-        erasing=config.erasing,
+        erasing=config.erasing, targets=targets,
     )  # fmt: skip
     if config.augment == "shift":
         return shifted(batches, config.seed, start * config.batch, shard)
@@ -333,20 +365,24 @@ def train(config, workdir):
     profile = callbacks.profile_steps(config.profile, config.total_steps)
     keras.utils.set_random_seed(config.seed)
     training, test = _sources(config)
-    about = state.described(config, data=training.fingerprint())
-    with place.guarded(workdir):
-        if not place.same(zlib.crc32(json.dumps(about, sort_keys=True).encode()) >> 1):
-            raise errors.ConfigError(
-                "the workers have different configurations, data or versions; start all with the same command and installation."
-            )
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(config.precision)
     try:
+        with place.scope():
+            teacher = _teacher(config, training.num_classes)
+        about = state.described(config, data=training.fingerprint(), **({"teacher": teacher.digest()} if teacher else {}))
+        with place.guarded(workdir):
+            if not place.same(zlib.crc32(json.dumps(about, sort_keys=True).encode()) >> 1):
+                raise errors.ConfigError(
+                    "the workers have different configurations, data, teachers or versions; start all with the same command and "
+                    "installation."
+                )
         with place.guarded(workdir), place.scope():
             model = build_model(config, training.num_classes)
-            learner, schedule = build_learner(config, model)
+            learner, schedule = build_learner(config, model, None if config.distillation.cache else teacher)
     finally:
         keras.config.set_dtype_policy(before)
+    targets = _teacher_logits(config, teacher, training, place)
     _make(workdir)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_written(workdir))
@@ -381,7 +417,7 @@ def train(config, workdir):
                 progress_every=config.progress_every, eval_every=config.eval_every, checkpoint_every=config.checkpoint_every,
                 steps_on_device=config.steps_on_device, profile=profile, multi_label=config.loss == "sigmoid",
             )  # fmt: skip
-            batches = place.batches(lambda *shard: _train_batches(config, training, pixels, start, shard), config.batch)
+            batches = place.batches(lambda *shard: _train_batches(config, training, pixels, start, shard, targets), config.batch)
             with place.guarded(workdir):
                 outcome = finetune.finetune(learner, batches, _test_batches(config, test, pixels, config.batch_eval), todo)
         except tf.errors.OpError as error:
@@ -400,6 +436,27 @@ def train(config, workdir):
             journal.line(f"Trained for {outcome.seconds:.1f} s; stored {workdir / 'model.keras'} and {workdir / 'model.npz'}.")
         place.close()
     return Trained(model, learner, training, test, outcome.evaluation, outcome.seconds, place, outcome.preempted_at)
+
+
+def _teacher(config, classes):
+    """The `objectives.Teacher` of a configuration, or None."""
+    if config.distillation.type == "none":
+        return None
+    teacher = teachers.open_teacher(config.distillation.teacher)
+    teacher.check(classes, f"config.dataset={config.dataset!r}")
+    return teacher
+
+
+def _teacher_logits(config, teacher, source, place):
+    """The teacher's logits of all training images from or into `config.distillation.cache`; None without one."""
+    path = config.distillation.cache
+    if not teacher or not path:
+        return None
+    if place.workers > 1 and not os.path.exists(path):
+        raise errors.ConfigError(
+            f"config.distillation.cache={path} is not there, and several workers cannot make it: run one step on one first."
+        )
+    return teacher.cached(source, path, config.batch_eval)
 
 
 @contextlib.contextmanager

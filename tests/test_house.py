@@ -36,6 +36,7 @@ ALLOWED = {
     "__init__": ("",),
     "configs": ("",),
     "main": ("",),
+    "teachers": ("",),
     "console": ("",),
 }  # fmt: skip
 

@@ -97,6 +97,10 @@ def get_config():
     config.lr_rules = ()
     # Moving average of the weights, evaluated and stored in their place; 0 for none.
     config.ema = 0.0
+    # Distillation: 'none', 'soft' (at temperature tau) or 'hard'; alpha is the teacher's share of the loss. The teacher is
+    # VARIANT:WEIGHTS, a .keras file or the folder of a TF-Hub module; with `cache`, a .npz file, its logits of the images as test
+    # images are prepared are computed once and kept there. See docs/training.md.
+    config.distillation = ml_collections.ConfigDict(dict(type="none", tau=1.0, alpha=0.5, teacher="", cache=""))
     # 'none', 'sam' or 'gsam'; how far they move the weights, gsam from rho at base_lr to rho_min where the decay ends; its alpha.
     config.two_pass = "none"
     config.rho = 0.05

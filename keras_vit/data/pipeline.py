@@ -231,6 +231,7 @@ def train_batches(
     erasing=0.0,
     mixup=0.0,
     cutmix=0.0,
+    targets=None,
     prefetch=2,
     start=0,
     shard=(0, 1),
@@ -255,6 +256,7 @@ def train_batches(
         erasing: probability of `augment.random_erasing` with normal noise, after the normalisation.
         mixup: alpha of `augment.mix`; each example is mixed with the one before it in the global batch. 0 for none.
         cutmix: alpha of CutMix, likewise; where both are above 0, each has half of the batches.
+        targets: float32 (n, c), a row for each example by its number in the source, put behind its one-hot label; not mixed.
         prefetch: batches prepared ahead.
         start: how many examples were already consumed, by all workers: the stream goes on exactly there.
         shard: (worker, workers): this worker's equal part of every batch, in order; the workers' parts together are the batch of
@@ -262,7 +264,7 @@ def train_batches(
 
     Returns:
         A `tf.data.Dataset` of infinite cardinality with float32 (n, height, width, 3) and float32 (n, classes), one-hot unless
-        mixed, n = batch / workers.
+        mixed, n = batch / workers; (n, classes + c) with `targets`.
 
     Raises:
         ArgumentError: a size, count, probability or seed out of range.
@@ -274,7 +276,10 @@ def train_batches(
     _whole_numbers(-(2**63), seed=seed)
     _numbers(1, erasing=erasing)
     _numbers(float("inf"), mixup=mixup, cutmix=cutmix)
+    if targets is not None and (mixup or cutmix):
+        raise ArgumentError("targets of single images cannot be mixed: set mixup and cutmix to 0, or leave targets out.")
     worker, share = _share(shard, batch)
+    rows_of = [] if targets is None else [tf.constant(targets, tf.float32)]
     layers, magnitude = randaugment or (0, 0)
     augmentation.check_randaugment(layers, magnitude)
 
@@ -297,7 +302,7 @@ def train_batches(
         image = pixels.normalize(image)
         if erasing:
             image = augmentation.random_erasing(image, _fold_in(key, ERASING), erasing)
-        return image, label
+        return image, label, *(tf.gather(rows, index) for rows in rows_of)
 
     mixing = mixup > 0 or cutmix > 0
     places = list(range(worker * share, (worker + 1) * share))
@@ -311,7 +316,7 @@ def train_batches(
     data = data.batch(len(before + places), drop_remainder=True)
 
     def finish(number, batched):
-        pair = batched[0], one_hot(batched[1], source.num_classes)
+        pair = batched[0], tf.concat([one_hot(batched[1], source.num_classes), *batched[2:]], -1)
         if not mixing:
             return pair
         partners = [part[:-1] if before else tf.roll(part, 1, 0) for part in pair]

@@ -56,7 +56,8 @@ def variables(model):
 
     The groups are trainable, non_trainable (seed generators of dropout are there), optimizer (slots, iterations, moving averages,
     loss scale) and metrics. Positions are those in the lists of Keras. The rest, for people, is the end of the variable's path
-    without numbers: the start depends on where in Keras it was made, numbers on the models that the process made before.
+    without numbers: the start depends on where in Keras it was made, numbers on the models that the process made before. Models
+    in `model.frozen`, such as a teacher, are left out.
 
     Args:
         model: a built Keras model. Its optimizer is built, if it is not.
@@ -68,7 +69,9 @@ def variables(model):
         raise errors.ArgumentError(f"{model.name}: it has no weights yet; call it on a batch or build it first.")
     if hasattr(model, "jax_state_sync"):  # while `fit` runs on JAX, the variables are empty
         model.jax_state_sync()
-    groups = {"trainable": model.trainable_variables, "non_trainable": model.non_trainable_variables}
+    frozen = {id(variable) for each in getattr(model, "frozen", ()) for variable in each.variables}
+    others = [variable for variable in model.non_trainable_variables if id(variable) not in frozen]
+    groups = {"trainable": model.trainable_variables, "non_trainable": others}
     if getattr(model, "optimizer", None) is not None:
         if not model.optimizer.built:
             with _scope(model):
@@ -660,6 +663,7 @@ NEVER_MATTERS = (
     "workdir", "pretrained_dir", "tfds_data_dir", "tfds_manual_dir",  # where things lie; the weights are in the checkpoint
     "progress_every", "eval_every", "checkpoint_every", "keep_checkpoints", "on_save_error", "profile", "train_sample",
     "batch_eval", "export", "prefetch", "allow_change",
+    "distillation.teacher", "distillation.cache",  # where they lie; which teacher it is, its digest says
     "config_sha256", "examples",  # `described` and `Checkpoints.save` put them there
 )  # fmt: skip
 

@@ -41,6 +41,7 @@ class Learner(keras.Model):
         parts: how many; the batch of a replica must be a multiple.
         clip_norm: the gradient's largest global norm; None or 0 does not clip.
         two_pass: a `twopass.GSAM` for sharpness-aware training, or None.
+        objective: an `objectives.Objective` in place of the compiled loss alone, or None.
         steps_on_device: updates that one call of the compiled function makes, on TensorFlow; callbacks run after each such call,
             with the logs of its last step. For TPUs.
 
@@ -49,7 +50,7 @@ class Learner(keras.Model):
             is no multiple.
     """
 
-    def __init__(self, inputs, outputs, *, parts=1, clip_norm=None, two_pass=None, steps_on_device=1, **kwargs):
+    def __init__(self, inputs, outputs, *, parts=1, clip_norm=None, two_pass=None, objective=None, steps_on_device=1, **kwargs):
         if parts < 1 or steps_on_device < 1 or (clip_norm or 0) < 0:
             raise ArgumentError(
                 "Learner: parts and steps_on_device must be at least 1 and clip_norm at least 0, got "
@@ -59,6 +60,8 @@ class Learner(keras.Model):
             raise ArgumentError(f"Learner: steps_on_device is for TensorFlow, not {keras.config.backend()}; leave it at 1.")
         super().__init__(inputs, outputs, **kwargs)
         self.parts, self.clip_norm, self.two_pass, self.steps_on_device = parts, clip_norm, two_pass, steps_on_device
+        self.objective = objective
+        self.frozen = list(objective.frozen) if objective else []  # which Keras tracks, so that their weights reach the step
         self._replicated = None
 
     def compile(self, optimizer, loss, **kwargs):
@@ -101,10 +104,22 @@ class Learner(keras.Model):
         if weights is not None:
             mapping += zip(self.trainable_variables, weights)
         with keras.StatelessScope(state_mapping=mapping, collect_losses=True) as scope:
-            scores = self(x, training=True)
-            loss = self.compute_loss(x, y, scores, weight, training=True)
+            if self.objective:
+                loss, scores = self.objective(self, x, y, weight)
+            else:
+                scores = self(x, training=True)
+                loss = self.compute_loss(x, y, scores, weight, training=True)
             others = [scope.get_current_value(variable) for variable in self.non_trainable_variables]
         return loss if scale is None else loss * scale, (loss, others, scores)
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        return super().compute_loss(x, self._labels(y), y_pred, sample_weight, training)
+
+    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        return super().compute_metrics(x, self._labels(y), y_pred, sample_weight)
+
+    def _labels(self, y):
+        return self.objective.labels(y) if self.objective and y is not None else y
 
     def gradient(self, weights, others, data, scale=None, own=None, devices=1):
         """The gradient of a batch at given weights, taken part by part: a pure function.
