@@ -19,7 +19,7 @@ import keras_vit
 from benchmarks import parity_training
 from keras_vit import zoo
 from keras_vit.checkpoints import adapt, load
-from keras_vit.checkpoints.files import Npz
+from keras_vit.checkpoints.files import open_file
 from keras_vit.data.pixels import Pixels
 
 
@@ -135,7 +135,7 @@ def round_trip(case, model, checkpoint):
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder, "again.npz")
         keras_vit.save_npz(model, path)
-        first, again = Npz(checkpoint), Npz(path)
+        first, again = open_file(checkpoint), open_file(path)
         if first.entries != again.entries:
             case.problems.append("save_npz wrote other keys, shapes or types")
         elif any(first.read(key).tobytes() != again.read(key).tobytes() for key in first.entries):

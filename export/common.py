@@ -34,7 +34,7 @@ LARGEST = 2**31 - 2**24  # bytes of weights that fit into a file of protocol or 
 UNIT = dict(mean=(0.0,) * 3, std=(255.0,) * 3)  # of `Pixels` that bring 0..255 into [0, 1]
 FLAGS = {
     "model": dict(metavar="MODEL", help="a registered name, such as ViT_B16, or a .keras file"),
-    "--weights": dict(help="a tag, AugReg file name, .npz path or URL; 'none' for random ones; needed where MODEL is a name"),
+    "--weights": dict(help="a tag, AugReg file name, path or URL; 'none' for random ones; needed where MODEL is a name"),
     "--out": dict(required=True, help="what to write; replaced in one step"),
     "--size": dict(type=int, help="height and width of the images in pixels; default: the checkpoint's own"),
     "--classes": dict(type=int, help="classes of a new head; default: the checkpoint's own"),
@@ -81,7 +81,7 @@ def build(name, weights=None, **options):
     Args:
         name: registered, of here or upstream; or the path of a `.keras` file, which has its own weights and takes no options. One
             that computes in lower precision is brought to float32.
-        weights: a tag, an AugReg file name, a path or URL of an `.npz`; `"none"` for random weights, the head's too, the same
+        weights: a tag, an AugReg file name, a path or URL of a checkpoint; `"none"` for random weights, the head's too, the same
             ones every time, which is said on stderr.
         **options: of the constructor; those that are None are left out.
 
@@ -94,8 +94,8 @@ def build(name, weights=None, **options):
     if weights is None:
         tags = ", ".join(keras_vit.list_weights(name)) or "none published"
         raise errors.ArgumentError(
-            f"{name}: expected --weights, got none; it has {tags}; or give an .npz path or URL, or --weights={RANDOM} for random "
-            "ones."
+            f"{name}: expected --weights, got none; it has {tags}; or give a checkpoint's path or URL, or --weights={RANDOM} for "
+            "random ones."
         )
     try:
         if weights != RANDOM:
@@ -357,7 +357,7 @@ def writing(path, ending):
         errors.ArgumentError: `path` has another ending, or is a folder.
     """
     path = pathlib.Path(path)
-    if path.suffix != ending or path.is_dir():
+    if not path.name.endswith(ending) or path.is_dir():
         raise errors.ArgumentError(f"--out={path}: expected the name of a {ending} file; call it {path.with_suffix(ending)}.")
     path.parent.mkdir(parents=True, exist_ok=True)
     with files.replacing(path) as temporary:

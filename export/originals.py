@@ -1,10 +1,11 @@
-"""Writes a model back as its authors' `.npz` file, loads that into a fresh model and compares every weight, bit for bit.
+"""Writes a model back as a file of its authors' layout, loads that into a fresh model and compares every weight, bit for bit.
 
     python -m export.originals ViT_B16 --weights=augreg --out=B_16.npz [--layout=linen]
     python -m export.originals runs/flowers/model.keras --out=flowers.npz
+    python -m export.originals runs/flowers/model.keras --out=flowers.safetensors
 
 --layout is one of the family's spellings, by default the one that the weights were read from; a file read in a narrower type is
-written in it again where it holds the values. All families here were released as `.npz`.
+written in it again where it holds the values. The ending names the format: .npz, .safetensors, or PyTorch's .pth and its like.
 """
 
 import sys
@@ -14,7 +15,7 @@ import numpy as np
 import keras_vit
 from export import common
 from keras_vit import errors
-from keras_vit.checkpoints import load
+from keras_vit.checkpoints import files, load
 
 
 def write(model, path, *, layout=None):
@@ -22,7 +23,7 @@ def write(model, path, *, layout=None):
 
     Args:
         model: built by keras_vit.
-        path: the `.npz` file; replaced in one step.
+        path: the file, of one of `checkpoints.files.ENDINGS`; replaced in one step.
         layout: of the family; see `keras_vit.save_npz`.
 
     Returns:
@@ -32,13 +33,14 @@ def write(model, path, *, layout=None):
         errors.ArgumentError: no such layout, or another ending. errors.ExportError: a weight comes back with other bits; `path`
             is as it was.
     """
-    if not str(path).endswith(".npz"):
+    ending = files.ending(path)
+    if ending is None:
         raise errors.ArgumentError(
-            f"--out={path}: expected an .npz file, in which the authors of {model.family} released it; the .pth and .safetensors "
-            "files of other families can be written when keras_vit has these families. Name it .npz."
+            f"--out={path}: expected a file that ends in {', '.join(files.ENDINGS)}, the formats that checkpoints have. Name it "
+            f"{path}.npz."
         )
     fresh = type(model).from_config(model.get_config())
-    with common.writing(path, ".npz") as temporary:
+    with common.writing(path, ending) as temporary:
         keras_vit.save_npz(model, temporary, layout)
         keras_vit.load_weights(fresh, temporary)
         pairs = zip(model.weights, fresh.weights, strict=True)

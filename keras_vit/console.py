@@ -5,14 +5,16 @@ is in order.
   keras-vit inspect ViT_B16:imagenet21k
   keras-vit fetch ViT_B16:augreg ViT-L_32:sam
   keras-vit convert scanned.npz single.npz --layout=linen
+  keras-vit convert theirs.pth theirs.safetensors
   keras-vit evaluate ViT_B16 imagenet2012:validation
   keras-vit fewshot ViT_B16:imagenet21k flowers --shots=1,5,10
   keras-vit doctor
 
-A file is a path, a gs:// or https:// URL, an AugReg file name, or VARIANT:TAG with the names that `list` shows or upstream ones;
-VARIANT alone stands for VARIANT:imagenet. The exit status is 0, 1 after an error, which is one line on stderr, and 2 after wrong
-usage. Where Keras cannot be imported with its usual backend, all of these run under KERAS_BACKEND=numpy, evaluate and fewshot
-excepted: images are read by TensorFlow, and models run on the backend.
+A file (.npz, .safetensors, or .pth and its like of PyTorch) is a path, a gs://, hf:// or https:// URL, timm/MODEL.TAG, an AugReg
+file name, or VARIANT:TAG with the names that `list` shows or upstream ones; VARIANT alone stands for VARIANT:imagenet. The exit
+status is 0, 1 after an error, which is one line on stderr, and 2 after wrong usage. Where Keras cannot be imported with its usual
+backend, all of these run under KERAS_BACKEND=numpy, evaluate and fewshot excepted: images are read by TensorFlow, and models run
+on the backend.
 """
 
 import argparse
@@ -90,12 +92,14 @@ def find(word):
         return zoo.find_weights(tag or "imagenet", name, rows[name])
     if "://" in word or augreg.parse(word):
         return zoo.find_weights(word, "keras-vit")
-    if "/" in word or word.endswith(".npz") or os.path.isfile(word):
+    if "/" in word or files.ending(word):
+        return zoo.find_weights(word, "keras-vit")
+    if os.path.isfile(word):
         return zoo.find_weights(pathlib.Path(word), "keras-vit")
     known = [*rows, *(f"{name}:{tag}" for name, row in rows.items() for tag in row.tags())]
     raise errors.ArgumentError(
-        f"{word}: expected a file, a gs:// or https:// URL, an AugReg file name or VARIANT:TAG as keras-vit list shows them; "
-        f"{_near(word, known)}."
+        f"{word}: expected a file, its URL (gs://, hf://, https://), an AugReg file name or VARIANT:TAG as keras-vit list "
+        f"shows them; {_near(word, known)}."
     )
 
 
@@ -151,7 +155,7 @@ def inspect(args):
         raise errors.ArgumentError(f"inspect: expected one file, got {', '.join(words)}; inspect them one after the other.")
     record = find(words[0])
     path, digest = _fetched(record)
-    archive = files.Npz(path)
+    archive = files.open_file(path)
     reading = zoo.identify(archive)
     names = zoo.FAMILIES[reading.family].layouts[reading.layout]
     known, whole = bool(reading.arguments), bool(reading.arguments) and not reading.unknown
@@ -248,14 +252,15 @@ def fetch_(args):
 
 def convert(args):
     record, target = find(args.source), pathlib.Path(args.target)
-    if target.suffix != ".npz":
-        raise errors.ArgumentError(f"{target}: expected a file that ends in .npz, the format that is written.")
+    if files.ending(target) is None:
+        raise errors.ArgumentError(f"{target}: expected a name that ends in {', '.join(files.ENDINGS)}, as the formats to write.")
     if args.variant and args.variant not in _rows():
         raise errors.ArgumentError(f"--variant={args.variant}: expected a registered variant; {_near(args.variant, _rows())}.")
-    archive = files.Npz(_fetched(record)[0])
+    archive = files.open_file(_fetched(record)[0])
     reading = zoo.identify(archive)
     layouts = zoo.FAMILIES[reading.family].layouts
-    layout = args.layout or next(iter(layouts))
+    format_only = args.layout is None and not isinstance(archive, files.FORMATS[files.ending(target)])
+    layout = args.layout or (reading.layout if format_only else next(iter(layouts)))
     if layout not in layouts:
         raise errors.ArgumentError(
             f"--layout={layout}: expected a layout of family {reading.family}; {_near(layout, layouts)}. "
@@ -267,10 +272,17 @@ def convert(args):
             raise errors.CheckpointMismatchError(
                 f"{archive.path} does not fit {args.variant}: {problems}. Nothing was written; leave out --variant to convert it."
             )
-    left_out = load.convert(archive, target, layouts[reading.layout], layouts[layout])
+    if format_only:
+        files.copy(archive, target)
+        left_out = []
+    else:
+        left_out = load.convert(archive, target, layouts[reading.layout], layouts[layout])
+    if reading.unknown:  # only a change of format takes such
+        reading, layout = dataclasses.replace(reading, family=None, layout=None), None
     document = dict(source=record.source, family=reading.family, read_as=reading.layout, layout=layout, left_out=left_out)
     document |= dict(path=str(target), size=target.stat().st_size, sha256=fetch.sha256(target))
-    return document, [((), [(key, _some(fact) or "nothing" if key == "left_out" else fact) for key, fact in document.items()])], 0
+    shown = [(key, _some(fact) or "nothing" if key == "left_out" else fact or "unknown") for key, fact in document.items()]
+    return document, [((), shown)], 0
 
 
 def evaluate(args):
@@ -439,9 +451,10 @@ def _model(word):
             f"{word}: expected a model of RGB images of one size, got input {shapes[0]}, output {shapes[1]}."
         )
     info = _info(model)
+    pixels = Pixels.from_dict(info["preprocessing"]) if info else Pixels()
     if info.get("include_preprocessing"):
-        return model, Pixels(mean=(0.0,) * 3, std=(1.0,) * 3)
-    return model, Pixels.from_dict(info["preprocessing"]) if info else Pixels()
+        pixels = dataclasses.replace(pixels, mean=(0.0,) * 3, std=(1.0,) * 3)
+    return model, pixels
 
 
 def _kind(model):
@@ -604,12 +617,14 @@ def _parser():
     added.add_argument("file", nargs="+", help="VARIANT:TAG, AugReg file name or URL")
     added.add_argument("--force", action="store_true", help="download also what the cache has")
     added = command(
-        "convert", convert, "rename, stack or unstack a checkpoint's arrays into another layout, bit for bit; no array's content "
-        "changes, so a table of positions keeps its row for the class token or goes on without"
+        "convert", convert, "rename, stack or unstack a checkpoint's arrays into another layout or write them in another format, "
+        "bit for bit; no array's content changes, so a table of positions keeps its row for the class token or goes on without it"
     )  # fmt: skip
     added.add_argument("source", help="path, URL, AugReg file name or VARIANT:TAG")
-    added.add_argument("target", help="the .npz to write; an existing one is replaced in one step")
-    added.add_argument("--layout", help="the layout to write, by default the family's commonest")
+    added.add_argument("target", help="the file to write, in the format of its ending; an existing one is replaced in one step")
+    added.add_argument(
+        "--layout", help="the layout to write, by default the family's commonest, or that of the file if its format changes"
+    )
     added.add_argument("--variant", help="insist that the file fits this variant")
     added.epilog = " ".join(f"Layouts of {name}: {', '.join(family.layouts)}." for name, family in zoo.FAMILIES.items())
     added = command("evaluate", evaluate, "top-1 and top-5 with their certainty, calibration and speed of a model on a data set")

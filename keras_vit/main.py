@@ -54,7 +54,7 @@ from keras_vit.training.twopass import GSAM, SAM
 
 CONFIGS = Path(__file__).parent / "configs"
 RESULTS = ("model.keras", "model.npz", "module")
-UNIT = Pixels(mean=(0.0,) * 3, std=(255.0,) * 3)  # what an exported module takes
+UNIT = dict(mean=(0.0,) * 3, std=(255.0,) * 3)  # of the `Pixels` that an exported module takes
 MODULE_TOLERANCE = 1e-5
 _BLAMED = 16  # examples of a bad batch that are named
 _BATCH = 32  # images that the module and the model are given at once
@@ -492,7 +492,7 @@ def export(config, trained, workdir):
     model.compile(jit_compile=keras.config.backend() == "jax")  # as the module runs: XLA sums in another order
     right = count = 0
     difference = largest = 0.0
-    for images, labels in _test_batches(config, trained.test, UNIT, size):
+    for images, labels in _test_batches(config, trained.test, dataclasses.replace(pixels, **UNIT), size):
         images = np.asarray(images)
         logits = hub.check(path, images)["keras_layer"]
         expected = model.predict(pixels.normalize(images * np.float32(255)), batch_size=_BATCH, verbose=0)

@@ -398,9 +398,9 @@ def builder(function):
 
 
 def _open(source, size=None):
-    """The opened `files.Npz` of a source."""
+    """The opened `files.Reader` of a source."""
     fetched = fetch.fetch(source, size)
-    archive = files.Npz(fetched.path)
+    archive = files.open_file(fetched.path)
     if fetched.sha256:
         archive.sha256 = fetched.sha256
     else:
@@ -455,7 +455,7 @@ class Reading:
 
 
 def identify(archive):
-    """The `Reading` of an open `files.Npz`, from its headers alone."""
+    """The `Reading` of an open `files.Reader`, from its headers alone."""
     readings = []
     for family in FAMILIES.values():
         layout, shapes, unknown = _read_as(archive, family)
@@ -505,7 +505,8 @@ def load_weights(model, path, *, ignore=(), reset_head=False, grid=None, resize_
 
     Args:
         model: built by this package.
-        path: `.npz` file: a path, `gs://` or `https://` URL, or an open `checkpoints.files.Npz`.
+        path: file of any format of `checkpoints.files`: a path, a `gs://`, `hf://` or `https://` URL, or an open
+            `checkpoints.files.Reader`.
         ignore: patterns of our weight names to drop from the file on purpose, such as `("pre_logits/*",)`.
         reset_head: set the classifier to zero instead of loading it.
         grid: (h, w) of the file's position grid where it is neither square nor recorded; `"square"` insists on a square.
@@ -516,7 +517,7 @@ def load_weights(model, path, *, ignore=(), reset_head=False, grid=None, resize_
         errors.CheckpointFormatError: not an intact file, or values that are not finite; the model is unchanged.
     """
     _family(model, "load_weights")  # before a file is fetched
-    archive = path if isinstance(path, files.Npz) else _open(path)
+    archive = path if isinstance(path, files.Reader) else _open(path)
     wanted = _wanted(model, archive, ignore=ignore, reset_head=reset_head, grid=grid, resize_patches=resize_patches)
     try:
         done = load.load(**wanted, grid=_recorded_grid(archive), what=f"{model.variant} ({model.name!r})")
@@ -549,8 +550,9 @@ def _recorded_grid(archive):
 def save_npz(model, path, layout=None):
     """Writes a model's weights in an original layout; exactly the file's keys and bits again where nothing was adapted.
 
-    A position grid that is not square is recorded in the archive's comment, since the arrays do not say it. Arrays that were read
-    from a narrower type, such as bfloat16, are written in it again as long as it holds their values exactly.
+    The format is that of the path's ending: .npz, .safetensors or, as PyTorch writes them, .pth, .pt, .pth.tar and .pyth. A
+    position grid that is not square is recorded beside the arrays, which do not say it. Arrays that were read from a narrower
+    type, such as bfloat16, are written in it again as long as it holds their values exactly.
 
     Args:
         model: built by this package.
@@ -630,20 +632,22 @@ class Variant:
 
 
 def find_weights(weights, name, variant=None, side=224):
-    """The `Weights` record that a constructor's `weights` argument means: a tag, an AugReg file name, a path or a URL."""
+    """The `Weights` record that a constructor's `weights` means: a tag, an AugReg file name, a path, a URL or timm/MODEL.TAG."""
     tags = variant.weights if variant else {}
     if isinstance(weights, str):
         tag = variant.imagenet(side) if variant and weights == "imagenet" else weights
         if tag in tags:
             return tags[tag]
-    if isinstance(weights, os.PathLike) or (isinstance(weights, str) and (weights.endswith(".npz") or "/" in weights)):
+    if isinstance(weights, str) and re.fullmatch(r"timm/[\w-]+(\.[\w-]+)?", weights) and not os.path.exists(weights):
+        weights = f"hf://{weights}/model.safetensors"
+    if isinstance(weights, os.PathLike) or (isinstance(weights, str) and (files.ending(weights) or "/" in weights)):
         return Weights(os.fspath(weights), classes=None, activation=None, licence=None, resolution=None, published=False)
     if isinstance(weights, str) and augreg.parse(weights):
         return augreg.weights(weights)
     known = ", ".join(map(repr, variant.tags() if variant else ())) or "none by name"
     raise errors.ArgumentError(
-        f"{name}: weights must be None, a tag it has ({known}), an AugReg file name, a path or a URL of an .npz file, "
-        f"got {weights!r}."
+        f"{name}: weights must be None, a tag it has ({known}), an AugReg file name, timm/MODEL.TAG, or a path or "
+        f"URL of a file ({', '.join(files.ENDINGS)}), got {weights!r}."
     )
 
 
@@ -687,7 +691,7 @@ def _docstring(row):
 
 
 def explain(archive, row):
-    """What a row's constructor would do with an open `files.Npz` at the row's resolution, from names and shapes alone.
+    """What a row's constructor would do with an open `files.Reader` at the row's resolution, from names and shapes alone.
 
     No weight is made and no array read, so that it costs little at any size.
 

@@ -385,7 +385,7 @@ def test_damage_found_while_writing_leaves_the_old_file(run, toy, tmp_path):
         (["y.npz", "--layout=linn"], "nearest: linen"),
         (["y.npz", "--variant=ViT_mu_bv"], "does not fit ViT_mu_bv"),
         (["y.npz", "--variant=ViT_nu"], "nearest: ViT_mu"),
-        (["y.pth"], "ends in .npz"),
+        (["y.h5"], "ends in .npz, .safetensors, .pth"),
         (["no/folder/y.npz"], "folder does not exist"),
     ],
 )

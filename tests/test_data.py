@@ -11,12 +11,15 @@ import subprocess
 import sys
 import warnings
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from PIL import Image
+from sklearn.datasets import load_sample_image
 
 from keras_vit.data import augment, pipeline
 from keras_vit.data.pipeline import (
@@ -35,11 +38,11 @@ from keras_vit.data.pipeline import (
     train_batches,
     train_image,
 )
-from keras_vit.data.pixels import Pixels
+from keras_vit.data.pixels import IMAGENET, IMAGENET_MEAN, IMAGENET_STD, Pixels
 from keras_vit.errors import ArgumentError, DataError
 
 GOLDENS = Path(__file__).parent / "goldens" / "preprocess"
-RGB = Pixels(mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375))
+RGB = Pixels(mean=IMAGENET_MEAN, std=IMAGENET_STD)
 WEBP = {  # 6 x 9 pixels of (10, 20, 30), one in each of the format's three headers
     "lossless": base64.b64decode("UklGRh4AAABXRUJQVlA4TBEAAAAvCEABAAdQiirUo/+BiOh/AAA="),
     "lossy": base64.b64decode("UklGRi4AAABXRUJQVlA4ICIAAABwAQCdASoJAAYAAUAmJZQCdAFAAAD+/DeBV/fU6D4r4AAA"),
@@ -206,16 +209,83 @@ def test_normalize_refuses_what_is_no_rgb_image(bad):
 def test_pixels_survive_json():
     assert Pixels.from_dict(json.loads(json.dumps(RGB.asdict()))) == RGB
     assert Pixels.from_dict(Pixels().asdict()) == Pixels() == Pixels(mean=[127.5] * 3)
+    assert Pixels.from_dict(json.loads(json.dumps(IMAGENET.asdict()))) == IMAGENET
+    before = dict(mean=[127.5] * 3, std=[127.5] * 3, resize="bilinear", antialias=False, crop="squash")
+    assert Pixels.from_dict(before) == Pixels()  # as stored before there was a crop_fraction
 
 
 @pytest.mark.parametrize(
     "bad",
     [{"mean": (1, 2)}, {"mean": 127.5}, {"std": (1, 0, 1)}, {"std": (1, float("nan"), 1)}, {"mean": ("1", "2", "3")}]
-    + [{"resize": "cubic"}, {"antialias": 1}, {"crop": "center"}, {"gamma": 2.2}],
+    + [{"resize": "cubic"}, {"antialias": 1}, {"crop": "centre"}, {"gamma": 2.2}]
+    + [{"crop_fraction": 0.9}, *({"crop_fraction": each, "crop": "center"} for each in (0, 1.1, True, "1", float("nan")))],
 )
 def test_pixels_refuse_values_they_cannot_honour(bad):
     with pytest.raises(ArgumentError, match=next(iter(bad))):
         Pixels.from_dict(bad)
+
+
+def test_what_a_record_does_to_an_image_is_said_in_words():
+    assert Pixels().describe((224, 192)) == "bilinear without antialiasing, to 224 x 192 whatever the aspect ratio"
+    assert IMAGENET.describe((224, 224)) == "bicubic with antialiasing, the shorter side to 256, then the central 224 x 224"
+    assert IMAGENET.describe((224, 112)).endswith("to cover 256 x 128, then the central 224 x 112")
+
+
+@pytest.mark.parametrize("upright", [False, True])
+@pytest.mark.parametrize("resize, fraction, side", [("bicubic", 0.875, 224), ("bicubic", 0.9, 224), ("bilinear", 1.0, 96)])
+def test_evaluation_sees_of_a_photograph_what_torchvision_cuts_with_pillow(upright, resize, fraction, side):
+    """torchvision's `Resize` and `CenterCrop`, written out with the numbers of their code; Pillow does the sampling."""
+    image = load_sample_image("china.jpg")
+    image = np.ascontiguousarray(image.swapaxes(0, 1) if upright else image)
+    (h, w), short = image.shape[:2], int(np.floor(side / fraction))
+    high, wide = (short, int(short * w / h)) if h <= w else (int(short * h / w), short)
+    top, left = round((high - side) / 2.0), round((wide - side) / 2.0)
+    resized = Image.fromarray(image).resize((wide, high), Image.Resampling[resize.upper()])
+    expected = np.asarray(resized.crop((left, top, left + side, top + side)), np.float32)
+    as_it_is = dict(mean=(0,) * 3, std=(1,) * 3)
+    found = eval_image(image, side, replace(IMAGENET, resize=resize, crop_fraction=fraction, **as_it_is)).numpy()
+    assert np.abs(found - expected).max() <= 1 and np.mean(found != expected) < (0.001 if resize == "bicubic" else 0.01)
+    found = eval_image(image, side, replace(IMAGENET, resize=resize, crop_fraction=fraction)).numpy()
+    np.testing.assert_allclose(found, (expected - IMAGENET_MEAN) / IMAGENET_STD, atol=0.0176, rtol=0)  # a level of 255
+
+
+def test_a_central_crop_is_that_of_the_whole_resized_image_and_a_rectangle_may_be_one():
+    image = picture(height=30, width=50)
+    pixels = Pixels(crop="center", crop_fraction=0.5)
+    whole = pixels.normalize(tf.image.resize(image, (16, 26)))  # covers 16 x 24
+    np.testing.assert_allclose(eval_image(image, (8, 12), pixels), whole[4:12, 7:19], atol=2e-5)
+    np.testing.assert_array_equal(eval_image(image[None], (8, 12), pixels)[0], eval_image(image, (8, 12), pixels))
+
+
+def test_the_squash_of_before_keeps_its_bits_and_with_antialias_is_pillows():
+    image = load_sample_image("flower.jpg")
+    before = Pixels().normalize(tf.image.resize(image, (60, 80), "bilinear", antialias=False))
+    np.testing.assert_array_equal(eval_image(image, (60, 80)), before)
+    found = eval_image(image, (60, 80), Pixels((0,) * 3, (1,) * 3, "bicubic", antialias=True)).numpy()
+    assert np.abs(found - np.asarray(Image.fromarray(image).resize((80, 60), Image.Resampling.BICUBIC))).max() <= 1
+
+
+def test_training_cuts_its_own_box_and_takes_only_the_interpolation_of_a_record():
+    image, box = picture(height=30, width=50), (3, 4, 20, 30)
+    for pixels in (IMAGENET, replace(IMAGENET, crop="squash", crop_fraction=1.0)):
+        found = train_image(image, 12, pixels, box=box, flip=False)
+        np.testing.assert_array_equal(found, eval_image(image[3:23, 4:34], 12, replace(pixels, crop="squash", crop_fraction=1.0)))
+
+
+def test_the_crop_of_an_image_whose_long_side_would_fill_memory_is_made():
+    assert eval_image(np.full((2, 3_000_000, 3), 7, np.uint8), 32, IMAGENET).shape == (32, 32, 3)  # 36 x 54,000,000 resized
+
+
+def test_every_stream_of_evaluation_cuts_as_the_single_image_does(tmp_path):
+    for name, image in (("a", picture(1, 20, 31)), ("b", picture(2, 33, 20))):
+        (tmp_path / "d" / "test" / name).mkdir(parents=True)
+        (tmp_path / "d" / "test" / name / "1.png").write_bytes(tf.io.encode_png(image).numpy())
+    source = open_source(tmp_path / "d", "test")
+    expected = np.stack([eval_image(picture(1, 20, 31), 14, IMAGENET), eval_image(picture(2, 33, 20), 14, IMAGENET)])
+    (found,) = [images.numpy() for images, _ in eval_batches(source, size=14, batch=2, pixels=IMAGENET)]
+    np.testing.assert_array_equal(found, expected)
+    images, labels = next(iter(train_batches(source, size=14, batch=2, pixels=IMAGENET, augment=False)))
+    np.testing.assert_array_equal(images.numpy()[np.argsort(labels.numpy().argmax(1))], expected)
 
 
 def test_sizes_boxes_and_shapes_that_make_no_sense_are_refused():

@@ -15,7 +15,7 @@ import pytest
 from conftest import GOLDENS
 
 from keras_vit import errors
-from keras_vit.checkpoints import files
+from keras_vit.checkpoints import files, reader
 
 CASE = GOLDENS / "vit" / "token_p16_rep" / "checkpoint.npz"
 
@@ -198,7 +198,7 @@ def test_fortran_order_is_read_as_what_it_means(tmp_path):
 
 
 def test_a_scan_counts_what_is_not_finite_and_finds_the_largest_magnitude(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "_CHUNK", 64)
+    monkeypatch.setattr(reader, "_CHUNK", 64)
     array = np.linspace(-3, 2, 100).astype("float32")
     array[[5, 50, 99]] = np.nan, np.inf, -np.inf
     (tmp_path / "x.npz").write_bytes(npz([("a.npy", npy(array)), ("none.npy", npy(np.zeros((0, 4), "float32")))]))

@@ -24,7 +24,7 @@ import keras_vit  # noqa: E402
 from keras_vit import zoo  # noqa: E402
 from keras_vit.checkpoints.adapt import resample_grid  # noqa: E402
 from keras_vit.data import pipeline  # noqa: E402
-from keras_vit.data.pixels import Pixels  # noqa: E402
+from keras_vit.data.pixels import IMAGENET, Pixels  # noqa: E402
 from keras_vit.errors import ExportError  # noqa: E402
 from keras_vit.hub import HubLayer, module, verify  # noqa: E402
 from keras_vit.layers.embed import aligned, sincos2d  # noqa: E402
@@ -36,8 +36,8 @@ SAFE = {
     "Abs", "AddV2", "All", "Assert", "AssignVariableOp", "BatchMatMulV2", "BiasAdd", "BroadcastTo", "Cast", "ConcatV2",
     "Const", "Conv2D", "DecodeImage", "DecodeRaw", "DisableCopyOnRead", "EnsureShape", "Equal", "ExpandDims",
     "ExtractJpegShape", "FloorDiv", "FloorMod", "GreaterEqual", "Identity", "IsFinite", "Less", "LessEqual", "LogicalAnd",
-    "MatMul", "MaxPool", "Maximum", "Mean", "Mul", "Neg", "NoOp", "Pack", "Placeholder", "Pow", "Range", "ReadVariableOp",
-    "RealDiv", "Relu", "Reshape", "ResizeBilinear", "Rsqrt", "Select", "SelectV2", "Shape", "Softmax", "Sqrt", "Square",
+    "MatMul", "MaxPool", "Maximum", "Mean", "Minimum", "Mul", "Neg", "NoOp", "Pack", "Placeholder", "Pow", "Range",
+    "ReadVariableOp", "RealDiv", "Relu", "Reshape", "ResizeBilinear", "Round", "Rsqrt", "ScaleAndTranslate", "Select", "SelectV2", "Shape", "Softmax", "Sqrt", "Square",
     "SquaredDifference", "Squeeze", "StatefulPartitionedCall", "StatelessIf", "StatelessRandomGetKeyCounter",
     "StatelessRandomUniformV2", "StopGradient", "StridedSlice", "StringJoin", "Sub", "Substr", "Sum", "Tanh",
     "TensorListFromTensor", "TensorListGetItem", "TensorListReserve", "TensorListSetItem", "TensorListStack", "Tile",
@@ -119,6 +119,19 @@ def test_files_of_images_are_decoded_and_resized_as_the_pipeline_does(exported):
         with pytest.raises(tf.errors.InvalidArgumentError, match=why):
             served(image_bytes=tf.constant([contents[0], bad]))
     assert_close(served(image_bytes=tf.constant(contents[:1]))["logits"].numpy(), wanted[:1])
+
+
+def test_files_of_images_are_cut_as_the_checkpoint_wants_it_and_the_card_says_so(tmp_path):
+    model = randomise(keras_vit.ViT_mu(weights=None, classes=7))
+    model.remember(weights_info=model.weights_info | {"preprocessing": IMAGENET.asdict()})
+    path = export(model, tmp_path / "m")
+    contents = [encoded((40, 57), "PNG"), encoded((90, 31), "JPEG")]
+    prepared = np.stack([pipeline.eval_image(pipeline.decode(tf.constant(data)), 32, IMAGENET) for data in contents])
+    served = tf.saved_model.load(str(path)).signatures["serving_bytes"](image_bytes=tf.constant(contents))["logits"].numpy()
+    assert_close(served, keras.Model(model.inputs, zoo.tap(model, "head")).predict(prepared, verbose=0))
+    assert operations(path) - SAFE - OF_LOADING == set()
+    said = "| resize of serving_bytes | bicubic with antialiasing, the shorter side to 36, then the central 32 x 32 |"
+    assert said in (path / "README.md").read_text()
 
 
 def huge():

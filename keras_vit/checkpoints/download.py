@@ -25,6 +25,7 @@ BACKOFF = 0.5  # seconds; the waits are 0, 2, 4 and 8 times this
 RETRY_AFTER = 60  # seconds, the longest wait that a server may ask for
 PASSING = {429, 500, 502, 503, 504}  # HTTP states that may be over at the next try
 REDIRECTS = {"storage.googleapis.com", "objects.githubusercontent.com", "release-assets.githubusercontent.com"}
+_CDN = re.compile(r"([a-z0-9-]+\.)+hf\.co|cdn-lfs[a-z0-9-]*\.huggingface\.co")  # Hugging Face's own, which change their names
 _STRONG = quote('"')  # how the name of a part with a strong ETag begins
 _CHUNK = 2**20  # bytes
 
@@ -38,17 +39,18 @@ class _Fault(Exception):
 
 
 class _Session(requests.Session):
-    """Follows redirects that stay on their host or lead to one of REDIRECTS, by https unless the user's own URL says http."""
+    """Follows redirects that stay on their host or lead to REDIRECTS or _CDN, by https unless the user's own URL says http."""
 
     def get_redirect_target(self, resp):
         target = super().get_redirect_target(resp)
         if target is not None:
             here, there = urlsplit(resp.url), urlsplit(urljoin(resp.url, target))
             stays = there.netloc == here.netloc and there.scheme in ("https", here.scheme)
-            if not stays and not (there.scheme == "https" and there.netloc in REDIRECTS):
+            known = there.netloc in REDIRECTS or _CDN.fullmatch(there.netloc)
+            if not stays and not (there.scheme == "https" and known):
                 raise errors.DownloadError(
                     f"{resp.url}: redirects to {there.geturl()}, expected https:// and the same host or one of "
-                    f"{sorted(REDIRECTS)}; not followed. If you trust it, name that address itself."
+                    f"{sorted(REDIRECTS)} or *.hf.co; not followed. If you trust it, name that address itself."
                 )
         return target
 

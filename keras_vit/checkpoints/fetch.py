@@ -1,4 +1,4 @@
-"""From a source (`gs://`, `https://`, local path) to a verified local file: the cache, and the lock file that holds it."""
+"""From a source (a path or a `gs://`, `hf://`, `https://` URL) to a verified local file: the cache, and its lock file."""
 
 import errno
 import functools
@@ -19,6 +19,9 @@ from keras_vit.checkpoints import download, files
 
 STORAGE = "https://storage.googleapis.com"
 _STORAGE_HOST = urlsplit(STORAGE).netloc
+_HUGGING_FACE = "huggingface.co"
+# A name such as deit_tiny-a1311bcf.pth ends in the first digits of its sha256, unless they are a date
+_HASHED = re.compile(r"-(?!(?:19|20)\d\d[01]\d[0-3]\d\.)([0-9a-f]{8})\.(?:pth|pt|pth\.tar|pyth)$")
 _log = logging.getLogger("keras_vit")
 
 
@@ -48,7 +51,9 @@ def fetch(source, size=None, *, force=False):
     was altered is downloaded again. With `KERAS_VIT_OFFLINE=1` only what is cached, or lies in the folder, is served.
 
     Args:
-        source: `gs://bucket/path`, `https://host/path` or a local path.
+        source: `gs://bucket/path`, `https://host/path`, `hf://owner/repository/path[@revision]` of huggingface.co (by default of
+            its branch main), or a local path. Where the name ends in the first eight digits of its sha256, as `name-1a2b3c4d.pth`
+            of PyTorch's hub does, the file must have it.
         size: published size in bytes; while there is no record, a file more than 1% off is refused.
         force: download also what lies in the cache, which stays if that fails.
 
@@ -82,7 +87,7 @@ def fetch(source, size=None, *, force=False):
 
 
 def url(source):
-    """The URL at which a `gs://` or `https://` source is asked for, of the mirror where one is set; `file:` of a folder."""
+    """The URL at which a source that is no local path is asked for, of the mirror where one is set; `file:` of a folder."""
     origin = _origin(*_split(source))
     return origin if isinstance(origin, str) else origin.absolute().as_uri()
 
@@ -104,15 +109,20 @@ def sha256(path, opener=None):
 
 
 def _split(source):
-    """(host, path on it) of a `gs://` or `https://` source; a `gs://` path is literal, that of a URL is escaped."""
+    """(host, path on it) of a source that is no local path; that of a URL is escaped, that of others literal."""
     scheme, _, rest = source.partition("://")
     if scheme.lower() == "gs":
         host, path = _STORAGE_HOST, rest
+    elif scheme.lower() == "hf":
+        found = re.fullmatch(r"([^/@]+/[^/@]+)/([^@]+)(?:@([^@/]+))?", rest)
+        if not found:
+            raise errors.DownloadError(f"{source}: expected hf://owner/repository/path/of/file, or that and @revision.")
+        host, path = _HUGGING_FACE, f"{found[1]}/resolve/{found[3] or 'main'}/{found[2]}"
     elif scheme.lower() == "https":
         found = re.fullmatch(r"([a-z0-9][a-z0-9.-]*(?::\d+)?)/([^?#]+)", rest, re.IGNORECASE)
         host, path = (found[1].lower(), unquote(found[2])) if found else ("", "")
     else:
-        raise errors.DownloadError(f"{source}: expected gs://, https:// or a local path, got {scheme}://.")
+        raise errors.DownloadError(f"{source}: expected gs://, hf://, https:// or a local path, got {scheme}://.")
     if any(not part or part.startswith(".") or not part.isprintable() for part in path.split("/")):
         raise errors.DownloadError(
             f"{source}: expected a host and a plain path to a file, without user, query, fragment, '..', hidden or empty parts."
@@ -216,6 +226,12 @@ def _verified(source, path, where, size, opener=None):
     """The sha256 of a file, held against its record, which the first use makes; `where` is what messages call it."""
     digest, got = sha256(path, opener), path.stat().st_size
     _check_size(source, where, got, size)
+    named = _HASHED.search(source.rpartition("/")[2])
+    if named and not digest.startswith(named[1]):
+        raise errors.IntegrityError(
+            f"{where}: expected a file whose sha256 begins with {named[1]}, as its name says, got {digest}; not used. Check its "
+            "origin."
+        )
     record = _records().get(source) or _record(source, {"sha256": digest, "size": got})
     if digest != record["sha256"]:
         raise _refused(source, where, record, f"sha256 {digest}")

@@ -254,7 +254,7 @@ def load(weights, archive, layouts, *, adapters=(), ignore=(), reset=(), grid=No
 
     Args:
         weights: {our name: variable}, all of which are filled.
-        archive: an open `files.Npz`.
+        archive: an open `files.Reader`.
         layouts: {layout name: Names}.
         adapters: for weights that may be resampled, such as `adapt.Positions`.
         ignore: patterns of our names (`"pre_logits/*"`); what they match in the file is dropped, and reported.
@@ -334,7 +334,7 @@ class _Converted(collections.abc.Mapping):
     """{original name: array} made from another file's arrays, one at a time as they are asked for.
 
     Args:
-        archive: an open `files.Npz`.
+        archive: an open `files.Reader`.
         sources: {original name: {layer or None: (name in the archive, layer in it or None)}}.
         constants: {original name: name in the archive} of arrays that are no weights.
     """
@@ -373,7 +373,7 @@ def convert(archive, path, read, write):
     Arrays of several types that become one are written as float32. No more than an array and its neighbour are held at a time.
 
     Args:
-        archive: an open `files.Npz`.
+        archive: an open `files.Reader`.
         path: the .npz to write, whole or not at all.
         read, write: `Names` of the file and of the one to write.
 

@@ -35,6 +35,7 @@ MAX_PIXELS = 64_000_000  # an image that declares more is refused before anythin
 GOOGLE = Pixels()
 ORDER, AUGMENT, MIX = 0, 1, 2  # separate streams of random numbers under one seed
 RANDAUGMENT, ERASING = 2, 3  # and under one example's; 0 and 1 are the crop and the flip
+KERNELS = {"bilinear": "triangle", "bicubic": "keyscubic"}  # names of the operation that samples
 LABELS = "labels must lie in"  # how `one_hot` begins to complain
 JPEG = b"\xff\xd8\xff"
 # Errors of tf.data that may come from the data; a lost worker or full memory does not, and is no reason to read all of it again
@@ -245,7 +246,7 @@ def train_batches(
             with the place of the batch in the stream.
         shuffle_buffer: how many encoded examples of a TFDS data set are held for shuffling.
         augment: True for the inception crop (area 5% to 100%, aspect ratio 3/4 to 1.33; Szegedy et al., arXiv 1409.4842), resize
-            and horizontal flip with probability 1/2; False for the plain resize of `eval_batches`.
+            and horizontal flip with probability 1/2; False for the images of `eval_batches`.
         randaugment: (layers, magnitude) of `augment.randaugment`, after the flip; the resized image becomes uint8 for it, as in
             big_vision's "inception_crop|flip_lr|randaug|value_range". None, or 0 layers, for none.
         erasing: probability of `augment.random_erasing` with normal noise, after the normalisation.
@@ -283,7 +284,7 @@ def train_batches(
             image, flip = random_crop(content, seeds[0], source.all_jpeg), tf.random.stateless_uniform([], seeds[1]) > 0.5
         else:
             image, flip = _decoded(content), None
-        image = _resize(image, size, pixels)
+        image = _resize(image, size, pixels) if augment else _fit(image, size, pixels)
         if layers:
             image = tf.saturate_cast(image, tf.uint8)
         if flip is not None:
@@ -364,7 +365,7 @@ def _share(shard, batch):
 
 
 def eval_batches(source, *, size, batch, pixels=GOOGLE, prefetch=2):
-    """Every example once, in a fixed order, resized and normalised only; the last batch may be smaller.
+    """Every example once, in a fixed order, as `eval_image` makes it; the last batch may be smaller.
 
     Args and errors are those of `train_batches`.
 
@@ -384,7 +385,7 @@ def eval_batches(source, *, size, batch, pixels=GOOGLE, prefetch=2):
 
 
 def eval_image(image, size, pixels=GOOGLE):
-    """([b,] h, w, 3) on the 0..255 scale -> ([b,] height, width, 3) float32: resize, then `pixels.normalize`.
+    """([b,] h, w, 3) on the 0..255 scale -> ([b,] height, width, 3) float32: resize, crop, then `pixels.normalize`.
 
     Args:
         image: integers or floats; anything `tf.convert_to_tensor` takes.
@@ -394,7 +395,7 @@ def eval_image(image, size, pixels=GOOGLE):
     Raises:
         ArgumentError: `size` is not made of whole numbers above 0, or `image` is no RGB image.
     """
-    return pixels.normalize(_resize(_rgb(image, (3, 4)), size, pixels))
+    return pixels.normalize(_fit(_rgb(image, (3, 4)), size, pixels))
 
 
 def train_image(image, size, pixels=GOOGLE, *, box, flip):
@@ -403,7 +404,7 @@ def train_image(image, size, pixels=GOOGLE, *, box, flip):
     Args:
         image: integers or floats.
         size: one number or (height, width), in pixels.
-        pixels: the checkpoint's preprocessing.
+        pixels: the checkpoint's preprocessing, whose `crop` is for evaluation only.
         box: (y, x, height, width) in pixels of `image`, numbers or an int32 tensor; `random_box` draws one.
         flip: bool or bool tensor.
 
@@ -693,8 +694,51 @@ def _rgb(image, ranks):
     return image
 
 
+def _fit(image, size, pixels):
+    """The image as evaluation sees it, before `pixels.normalize`."""
+    size = _height_width(size)
+    if pixels.crop == "squash":
+        return _resize(image, size, pixels)
+    h, w = tf.unstack(tf.shape(image, tf.int64)[-3:-1])
+    high, wide = pixels.covered(size)
+    # One side just covers, the other one is rounded down
+    whole = tf.where(high * w >= wide * h, tf.stack([high, high * w // h]), tf.stack([wide * h // w, wide]))
+    corner = tf.round(tf.cast(whole - size, tf.float32) / 2)  # a half to the even number, as Python does
+    return _scaled(image, size, pixels, whole, corner)
+
+
 def _resize(image, size, pixels):
-    return tf.image.resize(image, _height_width(size), method=pixels.resize, antialias=pixels.antialias)
+    size = _height_width(size)
+    if pixels.antialias:
+        return _scaled(image, size, pixels, size, (0.0, 0.0))
+    return tf.image.resize(image, size, method=pixels.resize)
+
+
+def _scaled(image, size, pixels, whole, corner):
+    """([b,] h, w, 3) -> ([b,] height, width, 3) float32: what lies at `corner` of the image resized to `whole`.
+
+    Nothing beside that is computed: of 8 x 8,000,000 pixels the resized image would fill any memory.
+    """
+    image = image if image.dtype == tf.uint8 else tf.cast(image, tf.float32)
+    extent = tf.shape(image)[-3:-1]
+    scale, shift = tf.cast(whole, tf.float32) / tf.cast(extent, tf.float32), -tf.convert_to_tensor(corner, tf.float32)
+    (height, width), (h, w), one = size, tf.unstack(extent), tf.ones([])
+
+    def sampled(values, to, by, moved):
+        how = dict(kernel_type=KERNELS[pixels.resize], antialias=pixels.antialias)
+        return tf.raw_ops.ScaleAndTranslate(images=values, size=to, scale=by, translation=moved, **how)
+
+    if pixels.antialias:  # an axis at a time, of length 1 along the other: as Pillow rounds, and not a second time by the way
+        rows = sampled(tf.reshape(image, [-1, 1, w, 3]), [1, width], [one, scale[1]], [0.0 * one, shift[1]])
+        columns = tf.reshape(_levels(rows), [-1, h, 1, 3 * width])
+        found = _levels(sampled(columns, [height, 1], [scale[0], one], [shift[0], 0.0 * one]))
+    else:
+        found = sampled(tf.reshape(image, [-1, h, w, 3]), size, scale, shift)
+    return tf.reshape(found, [*([-1] if image.shape.rank == 4 else []), height, width, 3])
+
+
+def _levels(values):
+    return tf.clip_by_value(tf.round(values), 0.0, 255.0)
 
 
 def _cut(image, box):

@@ -7,6 +7,7 @@ from numbers import Real
 from pathlib import Path
 
 from keras_vit import zoo
+from keras_vit.data.pixels import Pixels
 from keras_vit.errors import ExportError
 
 TFHUB, HUGGING_FACE = FILES = ("tfhub.md", "README.md")
@@ -193,8 +194,7 @@ def _facts(about, extra):
             "signatures": "serving_default (images), features (images), serving_bytes (image_bytes: JPEG, PNG, WebP, GIF or "
             "BMP files)",
             "preprocessing inside": f"(x - {mean}) / {std} on the 0..255 scale" if mean else None,
-            "resize of serving_bytes": f"{pixels['resize']}, {'with' if pixels['antialias'] else 'without'} antialiasing, to "
-            f"{_size(about['size'])} whatever the aspect ratio" if pixels else None,
+            "resize of serving_bytes": Pixels.from_dict(pixels).describe(about["size"]) if pixels else None,
         },
         "Weights": {
             "source": weights.get("source") or "none: these weights come from no checkpoint file",

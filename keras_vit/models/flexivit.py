@@ -151,7 +151,7 @@ def FlexiViT(
 
     Args:
         include_top: whether to end in the classifier (`head`, whose output are the logits, then the activation).
-        weights: a tag of `keras_vit.list_weights`, a path or URL of an original `.npz`, or None for random weights. `"imagenet"`
+        weights: a tag of `keras_vit.list_weights`, a path or URL of an original file, or None for random weights. `"imagenet"`
             is the ImageNet-1k classifier.
         input_tensor: a symbolic Keras tensor (b, H, W, 3) to build on.
         input_shape: (H, W, 3), at least one patch; pixels that fill no patch are left out. By default the checkpoint's own

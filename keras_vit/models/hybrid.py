@@ -106,7 +106,7 @@ def Hybrid(
 
     Args:
         include_top: whether to end in the classifier (`head`, whose output are the logits, then the activation).
-        weights: a tag of `keras_vit.list_weights`, an AugReg file name, a path or URL of an original `.npz`, or None for random
+        weights: a tag of `keras_vit.list_weights`, an AugReg file name, a path or URL of an original file, or None for random
             weights. `"imagenet"` is the ImageNet-1k classifier nearest to the resolution asked for.
         input_tensor: a symbolic Keras tensor (b, H, W, 3) to build on.
         input_shape: (H, W, 3) of any size that gives a patch: each halving of the ResNet rounds up, and features that fill no

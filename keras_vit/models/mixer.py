@@ -103,7 +103,7 @@ def Mixer(
 
     Args:
         include_top: whether to end in the classifier (`head`, whose output are the logits, then the activation).
-        weights: a tag of `keras_vit.list_weights`, a path or URL of an original `.npz`, or None for random weights.
+        weights: a tag of `keras_vit.list_weights`, a path or URL of an original file, or None for random weights.
             `"imagenet"` is the ImageNet-1k classifier, where there is one.
         input_tensor: a symbolic Keras tensor (b, H, W, 3) to build on.
         input_shape: (H, W, 3); by default the checkpoint's, else 224. A side that is no multiple of the patch is
