@@ -106,7 +106,7 @@ def build(name, weights=None, **options):
         raise errors.ArgumentError(str(error)) from error
     say(f"{name}: weights={RANDOM}, so all weights are random, the head's too: good for sizes and speeds, not for predictions.")
     for layer in model.layers:
-        if layer.name == "head":  # zeros by default, under which any two models agree
+        if layer.name in zoo.HEADS:  # zeros by default, under which any two models agree
             layer.kernel.assign(0.1 * np.random.default_rng(0).standard_normal(layer.kernel.shape))
     return model
 
@@ -168,10 +168,9 @@ def unit(images):
 
 
 def logits_model(model):
-    """The model up to the output of layer `head`, before its activation; the model itself where it has no head."""
-    if "head" not in {layer.name for layer in model.layers}:
-        return model
-    return keras.Model(model.inputs, zoo.tap(model, "head"))
+    """The model up to its logits, before their activation; the model itself where it has no head."""
+    logits = zoo.logits(model)
+    return model if logits is None else keras.Model(model.inputs, logits)
 
 
 def output_name(model):
@@ -185,7 +184,7 @@ def output_name(model):
             f"{model.name!r}: expected a classifier, got one whose checkpoint has an all-zero head; its logits mean nothing. "
             "Give --classes=N and train it, take the augreg weights, or export features of it by export.hub."
         )
-    if "head" in {layer.name for layer in model.layers}:
+    if zoo.logits(model) is not None:
         return "logits"
     if len(model.outputs) != 1 or len(model.outputs[0].shape) != 2:
         shapes = [tuple(output.shape) for output in model.outputs]

@@ -241,8 +241,8 @@ def build_model(config, classes):
     elif config.position_stddev is not None:
         positions = model.get_layer("tokens").positions
         positions.assign(keras.random.normal(positions.shape, stddev=config.position_stddev, seed=config.seed))
-    bias = model.get_layer("head").bias
-    bias.assign(keras.ops.full(bias.shape, config.head_bias))
+    for bias in (layer.bias for layer in model.layers if layer.name in zoo.HEADS):
+        bias.assign(keras.ops.full(bias.shape, config.head_bias))
     return model
 
 
@@ -271,7 +271,7 @@ def build_learner(config, model):
         "gsam": GSAM(config.rho, config.rho_min, config.gsam_alpha, config.base_lr, least) if config.two_pass == "gsam" else None,
     }[config.two_pass]
     learner = Learner(
-        model.inputs, zoo.tap(model, "head"), parts=config.accum_steps, clip_norm=config.grad_norm_clip, two_pass=two_pass,
+        model.inputs, zoo.logits(model), parts=config.accum_steps, clip_norm=config.grad_norm_clip, two_pass=two_pass,
         steps_on_device=config.steps_on_device,
     )  # fmt: skip
     learner.compile(optimizer, LOSSES[config.loss](config.label_smoothing))
@@ -488,7 +488,7 @@ def export(config, trained, workdir):
     hub.export(model, path)
     size = min(trained.test.num_examples or _CHUNK, max(1, _CHUNK // (side * side * 3)))  # tf.data allocates whole batches
     pixels = Pixels.from_dict(trained.model.weights_info["preprocessing"])
-    model = keras.Model(model.inputs, zoo.tap(model, "head"))
+    model = keras.Model(model.inputs, zoo.logits(model))
     model.compile(jit_compile=keras.config.backend() == "jax")  # as the module runs: XLA sums in another order
     right = count = 0
     difference = largest = 0.0

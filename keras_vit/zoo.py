@@ -23,6 +23,7 @@ _log = logging.getLogger("keras_vit")
 
 # Tags, without their resolution, that `weights="imagenet"` stands for, the first that a row has
 IMAGENET = ("augreg+imagenet2012", "imagenet21k+imagenet2012", "imagenet21k+imagenet1k", "imagenet1k", "i1k")
+HEADS = ("head", "head_distillation")  # the layers of a classifier; the second one reads DeiT's distillation token
 FAMILIES = {}  # name -> Family
 VARIANTS = {}  # name -> Variant
 
@@ -41,6 +42,7 @@ class Family:
         written: model -> the layout to write where it was loaded from none; by default the first.
         any_size: model -> ((h, w), (h, w)) of its smallest image and of the steps to larger ones, where its weights fit images of
             any size; None by default, and where they do not.
+        pixels: the preprocessing of models whose weights come from no published file.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Family:
     grid: object = lambda model: None
     written: object = None
     any_size: object = lambda model: None
+    pixels: Pixels = Pixels()
 
     def __post_init__(self):
         FAMILIES[self.name] = self
@@ -191,12 +194,22 @@ def tap_input(model, name):
     return nodes[0].input_tensors[0]
 
 
+def logits(model):
+    """The KerasTensor of a classifier's logits in this model's graph, None without a classifier; see `tap`.
+
+    They are the output of layer `head`, or of `logits` where the model has several heads and that layer merges them.
+    """
+    names = {layer.name for layer in model.layers}
+    name = "logits" if set(HEADS) <= names and "logits" in names else "head"
+    return tap(model, name) if name in names else None
+
+
 def zero_head(model):
     """Whether a model's classifier is still the zeroed one of its checkpoint, which gives all classes the same score."""
-    heads = [layer for layer in model.layers if layer.name == "head"]
+    heads = [layer for layer in model.layers if layer.name in HEADS]
     if not heads or not (getattr(model, "weights_info", None) or {}).get("zero_head"):
         return False
-    return not np.any(load.to_numpy(heads[0].kernel))
+    return not any(np.any(load.to_numpy(head.kernel)) for head in heads)
 
 
 def _whole(number):
@@ -289,11 +302,19 @@ class Contract:
 
     @property
     def pixels(self):
-        return self.record.pixels if self.record else Pixels()
+        return self.record.pixels if self.record and self.record.published else self.family.pixels
 
-    def top(self, x):
-        """(..., d) -> (..., classes): the classifier `head` in float32, zero-initialised, then its activation."""
-        x = keras.layers.Dense(self.classes, kernel_initializer="zeros", dtype="float32", name="head")(x)
+    def top(self, x, distillation=None):
+        """(..., d) -> (..., classes): the classifier `head` in float32, zero-initialised, then its activation.
+
+        With `distillation`, of the same shape, there is a second one, `head_distillation`, which reads that; `logits` is the mean
+        of both.
+        """
+        tops = [
+            keras.layers.Dense(self.classes, kernel_initializer="zeros", dtype="float32", name=name)(each)
+            for name, each in zip(HEADS, (x, distillation)) if each is not None
+        ]  # fmt: skip
+        x = tops[0] if len(tops) == 1 else keras.layers.Average(dtype="float32", name="logits")(tops)
         if self.activation is None:
             return x
         return keras.layers.Activation(self.activation, dtype="float32", name="predictions")(x)
@@ -315,7 +336,7 @@ class Contract:
 
     def _load(self, model, name):
         record, has = self.record, {layer.name for layer in model.layers}
-        lacking = {ours.partition("/")[0] for ours in self.shapes} & {"head", "pre_logits", "map_head"} - has
+        lacking = {ours.partition("/")[0] for ours in self.shapes} & {*HEADS, "pre_logits", "map_head"} - has
         options = dict(
             ignore=tuple(f"{layer}/*" for layer in sorted(lacking)),
             reset_head=self.include_top and not self.keeps_head,
@@ -398,7 +419,7 @@ def _read_as(archive, family):
                 unknown.append(original)
             for ours, transform, layer in claims:
                 if not transform.index:
-                    shapes[ours] = shape if layer is None else shape[1:]
+                    shapes[ours] = transform.weight_shape(shape if layer is None else shape[1:])
         if best is None or len(unknown) < len(best[2]):
             best = layout, shapes, unknown
         if not unknown:
@@ -469,7 +490,7 @@ def _weights(model):
 def _wanted(model, archive, *, ignore=(), reset_head=False, grid=None, resize_patches=False):
     """What `load.load` and `load.best_plan` take, for the arguments of `load_weights`."""
     family, weights = FAMILIES[model.family], _weights(model)
-    head = [name for name in weights if name.startswith("head/")]
+    head = [name for name in weights if name.partition("/")[0] in HEADS]
     if reset_head and not head:
         raise errors.ArgumentError(f"load_weights: {model.name!r} has no head to reset; leave reset_head out.")
     adapters = family.adapters(model, grid=_recorded_grid(archive) or grid, resize_patches=resize_patches)
@@ -573,7 +594,7 @@ class Variant:
             the default resolution.
         arguments: the builder's keywords.
         weights: {tag: Weights}.
-        upstream: names it has elsewhere.
+        upstream: {name it has elsewhere: the tag that name stands for, or None}.
         resolution: side of the input with `weights=None`.
         build: the public function.
     """
@@ -584,7 +605,7 @@ class Variant:
     macs: int
     arguments: dict
     weights: dict
-    upstream: tuple
+    upstream: dict
     resolution: int
     build: object = None
 
@@ -650,7 +671,8 @@ def variant(name, builder, *, params, macs, weights=None, upstream=(), resolutio
 
     build.__name__ = build.__qualname__ = name
     build.__module__, build.__signature__ = builder.__module__, signature
-    row = Variant(name, builder, params, macs, arguments, weights or {}, tuple(upstream), resolution, build)
+    upstream = upstream if isinstance(upstream, dict) else dict.fromkeys(upstream)
+    row = Variant(name, builder, params, macs, arguments, weights or {}, upstream, resolution, build)
     build.__doc__ = _docstring(row)
     VARIANTS[name] = row
     return build
@@ -706,5 +728,12 @@ def list_weights(name):
 
 
 def create_model(name, **kwargs):
-    """Builds a variant by its name here (`"ViT_B16"`) or upstream (`"ViT-B_16"`); keywords go to its constructor."""
-    return _row(name).build(**kwargs)
+    """Builds a variant by its name here (`"ViT_B16"`) or upstream (`"ViT-B_16"`); keywords go to its constructor.
+
+    An upstream name that stands for one file (`"deit_base_patch16_384"`) means that file, and its resolution with `weights=None`.
+    """
+    row = _row(name)
+    tag = row.upstream.get(name)
+    if tag and not {"input_shape", "input_tensor"} & kwargs.keys():
+        kwargs["input_shape"] = (row.weights[tag].resolution,) * 2 + (3,)
+    return row.build(**({"weights": tag} if tag else {}) | kwargs)

@@ -46,11 +46,38 @@ def loses_edge(old, new):
     return bool(_coordinates(old, new)[-1] > old - 1)
 
 
+def bicubic(old, new, xp=np):
+    """(new, old) matrix of cubic resampling of a line: half-pixel centres, edges repeated, no antialiasing, a = -0.75.
+
+    As PyTorch's `interpolate(mode="bicubic", align_corners=False)` does along each axis, with the scale that the sides have.
+
+    Args:
+        xp: numpy, or `keras.ops` for a `new` that is a tensor.
+    """
+    scale = old / xp.cast(new, "float64") if xp is not np else old / new
+    at = (xp.arange(new, dtype="float64") + 0.5) * scale - 0.5
+    low = xp.floor(at)
+    matrix = 0.0
+    for tap in (-1, 0, 1, 2):
+        x = xp.abs(at - low - tap)
+        near, far = (1.25 * x - 2.25) * x * x + 1, ((-0.75 * x + 3.75) * x - 6) * x + 3
+        place = xp.clip(low + tap, 0, old - 1)[:, None] == np.arange(old)
+        matrix = matrix + xp.where(place, (near if tap in (0, 1) else far)[:, None], 0.0)
+    return matrix
+
+
+def resample_bicubic(grid, size):
+    """(h, w, d) -> (h', w', d): both sides by `bicubic`, as DeiT's fine-tuning at another resolution does."""
+    rows, columns = (bicubic(*sides) for sides in zip(grid.shape, size))
+    return np.einsum("yh,xw,hwd->yxd", rows, columns, grid.astype(np.float64)).astype(np.float32)
+
+
 class Positions:
     """Resamples a learned table of positions (1, n, d) from the file's grid to the model's.
 
     Tables of google-research/vision_transformer start with a row for the class token, those of big_vision do not; a class token
-    without a row is the same as one with the row added to it. Either fits either, and the grid decides which one a file is.
+    without a row is the same as one with the row added to it. Either fits either, and the grid decides which one a file is. With a
+    distillation token there are always two rows.
 
     Args:
         grid: (h, w) of the model.
@@ -58,13 +85,19 @@ class Positions:
         class_position: whether the model's table starts with a row for it.
         file_grid: (h, w) of the file where it is known, or "square"; None takes a table of the model's own length as it is, as
             the original does, and any other as a square.
+        distillation_token: whether the model has a distillation token, and a row for it behind the class token's.
+        resample: (h, w, d), (h', w') -> (h', w', d).
     """
 
     TABLE, TOKEN = "tokens/positions", "tokens/cls"
 
-    def __init__(self, grid, class_token, class_position=True, file_grid=None):
+    def __init__(
+        self, grid, class_token, class_position=True, file_grid=None, distillation_token=False, resample=resample_grid
+    ):
         self.grid, self.class_token, self.file_grid = tuple(grid), bool(class_token), file_grid
         self.class_position = bool(class_token and class_position)
+        self.distillation_token, self.resample = distillation_token, resample
+        self.rows = self.class_position + bool(distillation_token)  # before the grid's
         self.names = (self.TABLE, self.TOKEN) if class_token else (self.TABLE,)
 
     def source(self, shape):
@@ -74,6 +107,7 @@ class Positions:
         if shape[1] > MAX_POSITIONS:  # known before anything is inflated
             raise errors.CheckpointMismatchError(f"{self.TABLE}: expected at most {MAX_POSITIONS} positions, got {shape[1]}")
         before = (self.class_position, not self.class_position) if self.class_token else (False,)
+        before = (2,) if self.distillation_token else before
         for rows, extra in ((shape[1] - extra, int(extra)) for extra in before):
             if self.file_grid is None and rows == math.prod(self.grid):
                 return self.grid, extra
@@ -82,6 +116,7 @@ class Positions:
             if rows > 0 and math.prod(grid) == rows:
                 return grid, extra
         token = "with or without a row for the class token" if self.class_token else "without a class token"
+        token = "after those of class and distillation token" if self.distillation_token else token
         known = "square" if self.file_grid in (None, "square") else f"{self.file_grid[0]} x {self.file_grid[1]}"
         raise errors.CheckpointMismatchError(
             f"{self.TABLE}: the file has {shape[1]} positions; {token} they form no {known} grid. "
@@ -92,13 +127,13 @@ class Positions:
         if self.TABLE not in shapes:
             return shapes, None
         old, extra = self.source(shapes[self.TABLE])
-        after = {**shapes, self.TABLE: (1, self.class_position + math.prod(self.grid), shapes[self.TABLE][2])}
+        after = {**shapes, self.TABLE: (1, self.rows + math.prod(self.grid), shapes[self.TABLE][2])}
         does = []
         if old != self.grid:
-            lost = any(loses_edge(*sides) for sides in zip(old, self.grid))
+            lost = self.resample is resample_grid and any(loses_edge(*sides) for sides in zip(old, self.grid))
             note = "; the last row or column becomes 0, as in the original" if lost else ""
             does.append(f"grid {old[0]} x {old[1]} resampled to {self.grid[0]} x {self.grid[1]}{note}")
-        if extra != self.class_position:
+        if extra != self.rows:
             does.append("the class token's row is added to the class token" if extra else "the class token gets a row of zeros")
         return after, f"{self.TABLE}: {', '.join(does)}" if does else None
 
@@ -107,7 +142,7 @@ class Positions:
         old, extra = self.source(table.shape)
         first, rows = table[:, :extra], table[0, extra:]
         if old != self.grid:
-            rows = resample_grid(rows.reshape(*old, -1), self.grid)
+            rows = self.resample(rows.reshape(*old, -1), self.grid)
         done = dict(arrays)
         if extra and not self.class_position:
             done[self.TOKEN] = arrays[self.TOKEN] + first

@@ -15,6 +15,10 @@ class Whole:
     def file_shape(self, shape):
         return tuple(shape)
 
+    def weight_shape(self, shape):
+        """The weight's shape as far as the array's tells it: axes that the array merges stay one."""
+        return tuple(shape)
+
     def place(self, array, weight):
         weight[...] = array
 
@@ -92,6 +96,13 @@ class Turned(Whole):
             sides.append(math.prod(self._turned(shape)[at : at + count]))
             at += count
         return tuple(sides)
+
+    def weight_shape(self, shape):
+        groups, at = [], 0
+        for count in self.merged or (1,) * len(self.axes):
+            groups.append(min(self.axes[at : at + count]))
+            at += count
+        return tuple(side for _, side in sorted(zip(groups, shape)))
 
     def place(self, array, weight):
         back = tuple(sorted(range(len(self.axes)), key=self.axes.__getitem__))

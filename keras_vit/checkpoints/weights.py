@@ -5,6 +5,7 @@ import dataclasses
 from keras_vit.data.pixels import Pixels
 
 GOOGLE_LICENCE = "Apache-2.0, as its repository google-research/vision_transformer states"
+DEIT_LICENCE = "Apache-2.0, as its repository facebookresearch/deit states"
 BIG_VISION_LICENCE = "Apache-2.0, as its repository google-research/big_vision states"
 
 
@@ -48,3 +49,9 @@ def google(path, mib=None, *, bucket="vit_models", resolution=224, classes=1000,
     size = mib and round(mib * 2**20)
     activation = head_activation(classes) if activation == "auto" else activation
     return Weights(f"gs://{bucket}/{path}.npz", classes, activation, resolution, size=size, **facts)
+
+
+def deit(file, resolution=224, tuned=False, **facts):
+    """A file of facebookresearch/deit, which has DeiT, CaiT and ResMLP."""
+    source = f"https://dl.fbaipublicfiles.com/deit/{file}.pth"
+    return Weights(source, resolution=resolution, tuned=tuned, licence=DEIT_LICENCE, **facts)

@@ -19,7 +19,7 @@ INPUT_RANGES = {"unit": (255.0, 0.0), "minus1_1": (127.5, 127.5)}  # a module's 
 DTYPES = (None, "float32", "mixed_bfloat16", "mixed_float16")
 IMAGE_SIZES = ("fixed", "any")
 LARGEST = 4  # of any size: sides up to so many times the model's own, since attention grows with their fourth power
-_FLOAT32 = ("preprocessing", "head", "predictions")  # layers that compute in float32 whatever the rest does
+_FLOAT32 = ("preprocessing", *zoo.HEADS, "logits", "predictions")  # layers that compute in float32 whatever the rest does
 _PROBES = 2  # images
 
 
@@ -173,12 +173,13 @@ def output(model, task, where):
     """The KerasTensor that a task's module gives."""
     names = [layer.name for layer in model.layers]
     if task == "classification":
-        if "head" not in names:
+        logits = zoo.logits(model)
+        if logits is None:
             raise ExportError(
                 f"{where}: task='classification' needs a layer 'head', whose output are the logits; {model.name!r} has none. "
                 "Export it with task='feature_vector' or 'tokens'."
             )
-        return zoo.tap(model, "head")
+        return logits
     rank, inside = (2, "head") if task == "feature_vector" else (3, "encoder_norm")
     found = None
     if inside in names:

@@ -4,6 +4,8 @@ import math
 import keras
 from keras import ops
 
+from keras_vit.layers.mlp import normal
+
 
 def _uniform(fan_in, fan_out):
     """Xavier's uniform initialiser for a matrix that is stored with more than two axes."""
@@ -28,10 +30,12 @@ class Attention(keras.layers.Layer):
             there is one; False by two matrix products; None by the former on JAX and PyTorch devices that are no CPU. The
             numbers are the same. Attention dropout in training always takes the matrix products, since the fused op has none.
         qkv_bias: which of query, key and value have a bias: "qkv", "qv" (BEiT's; `qkv_bias` is (2, heads, d / heads)) or "".
+        kernel_stddev: of the normal distribution that kernels start from, as PyTorch's families have it; None for Xavier's uniform.
     """
 
-    def __init__(self, heads, dropout_rate=0.0, flash_attention=None, qkv_bias="qkv", **kwargs):
+    def __init__(self, heads, dropout_rate=0.0, flash_attention=None, qkv_bias="qkv", kernel_stddev=None, **kwargs):
         super().__init__(**kwargs)
+        self.kernel_stddev = kernel_stddev
         self.heads, self.dropout_rate, self.flash_attention = heads, dropout_rate, flash_attention
         if qkv_bias not in ("qkv", "qv", ""):
             raise ValueError(f"Attention {self.name!r}: qkv_bias must be 'qkv', 'qv' or '', got {qkv_bias!r}.")
@@ -42,7 +46,7 @@ class Attention(keras.layers.Layer):
         width = input_shape[-1]
         if width % self.heads:
             raise ValueError(f"Attention {self.name!r}: width {width} is not divisible by heads={self.heads}; choose a divisor.")
-        size, init = width // self.heads, _uniform(width, width)
+        size, init = width // self.heads, normal(self.kernel_stddev) or _uniform(width, width)
         self.qkv_kernel = self.add_weight(shape=(width, 3, self.heads, size), initializer=init, name="qkv_kernel")
         self.qkv_kernel.fused_axis, self.qkv_bias = 1, None  # the axis is for `training.optimizers.Adafactor`
         if self.biased:

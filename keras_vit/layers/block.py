@@ -21,6 +21,7 @@ class Block(keras.layers.Layer):
         flash_attention: see `Attention`.
         gelu: of the MLP, "tanh" or "exact"; see `MLP`.
         layer_scale: start of the numbers that scale what both branches add (see `LayerScale`); None for none.
+        kernel_stddev: see `Attention` and `MLP`.
     """
 
     TAPS = ("attention_norm", "scores", "attention", "mlp_norm", "mlp")
@@ -35,18 +36,22 @@ class Block(keras.layers.Layer):
         flash_attention=None,
         gelu="tanh",
         layer_scale=None,
+        kernel_stddev=None,
         **kwargs,
     ):
         super().__init__(**kwargs)
         self.heads, self.mlp_width, self.dropout_rate = heads, mlp, dropout_rate
         self.attention_dropout_rate, self.drop_path_rate = attention_dropout_rate, drop_path_rate
         self.flash_attention, self.gelu, self.layer_scale = flash_attention, gelu, layer_scale
+        self.kernel_stddev = kernel_stddev
         dtype = self.dtype_policy
         self.attention_norm = keras.layers.LayerNormalization(epsilon=1e-6, dtype=dtype, name="attention_norm")
-        self.attention = Attention(heads, attention_dropout_rate, flash_attention, dtype=dtype, name="attention")
+        self.attention = Attention(
+            heads, attention_dropout_rate, flash_attention, kernel_stddev=kernel_stddev, dtype=dtype, name="attention"
+        )
         self.dropout = keras.layers.Dropout(dropout_rate, dtype=dtype, name="dropout")
         self.mlp_norm = keras.layers.LayerNormalization(epsilon=1e-6, dtype=dtype, name="mlp_norm")
-        self.mlp = MLP(mlp, dropout_rate, gelu, dtype=dtype, name="mlp")
+        self.mlp = MLP(mlp, dropout_rate, gelu, kernel_stddev, dtype=dtype, name="mlp")
         self.drop_path = DropPath(drop_path_rate, dtype=dtype, name="drop_path")
         self.scales = []
         if layer_scale is not None:

@@ -67,50 +67,64 @@ def resampled(x, rows, columns):
 class Tokens(keras.layers.Layer):
     """(b, h, w, d) -> (b, n, d): rows of the grid one after the other, a class token before them, plus positions.
 
-    n is h * w, and one more with a class token. Positions are learned for the grid that the layer is built for; on another one,
-    which TensorFlow may leave open until the graph runs, they are resampled as loading a checkpoint does.
+    n is h * w, and one more for each learned token. Positions are learned for the grid that the layer is built for; on another
+    one, which TensorFlow may leave open until the graph runs, they are resampled as loading a checkpoint does.
 
     Args:
         class_token: whether to put a learned token before the grid's.
-        class_position: whether a class token has a position too, the first of the table; without one, positions are added
-            before it is put in front.
+        class_position: whether the learned tokens have positions too, the first of the table; without, positions are added
+            before they are put in front.
         positions: "learned", or "sincos2d" for the fixed ones of `sincos2d`.
         stddev: of the learned positions' random values at the start.
+        distillation_token: whether a second learned token follows the class token (DeiT, arXiv 2012.12877).
+        token_stddev: of the learned tokens' random values at the start.
     """
 
-    def __init__(self, class_token=True, class_position=True, positions="learned", stddev=0.02, **kwargs):
+    def __init__(
+        self,
+        class_token=True,
+        class_position=True,
+        positions="learned",
+        stddev=0.02,
+        distillation_token=False,
+        token_stddev=0.0,
+        **kwargs,
+    ):
         super().__init__(**kwargs)
         self.class_token, self.class_position, self.kind, self.stddev = class_token, class_position, positions, stddev
+        self.distillation_token, self.token_stddev = distillation_token, token_stddev
+        self.learned = bool(class_token) + bool(distillation_token)  # tokens before the grid's
+        self.before = self.learned if class_position else 0  # positions before the grid's
 
     def get_config(self):
         config = dict(class_token=self.class_token, class_position=self.class_position, positions=self.kind, stddev=self.stddev)
+        config |= dict(distillation_token=self.distillation_token, token_stddev=self.token_stddev)
         return {**super().get_config(), **config}
 
     def build(self, input_shape):
         _, h, w, d = input_shape
         self.grid = (h, w)
-        if self.class_token:
-            self.cls = self.add_weight(shape=(1, 1, d), initializer="zeros", name="cls")
+        start = keras.initializers.RandomNormal(stddev=self.token_stddev) if self.token_stddev else "zeros"
+        names = ["cls"] * bool(self.class_token) + ["dist"] * bool(self.distillation_token)
+        self.tokens = [self.add_weight(shape=(1, 1, d), initializer=start, name=name) for name in names]
         if self.kind == "sincos2d":
             if d % 4 or d < 8:
                 raise ValueError(f"Tokens {self.name!r}: positions='sincos2d' need a width that is a multiple of 4, got {d}.")
             self.positions = sincos2d(h, w, d).astype("float32")
         else:
             normal = keras.initializers.RandomNormal(stddev=self.stddev)
-            rows = h * w + (self.class_token and self.class_position)
-            self.positions = self.add_weight(shape=(1, rows, d), initializer=normal, name="positions")
+            self.positions = self.add_weight(shape=(1, self.before + h * w, d), initializer=normal, name="positions")
 
     def positions_at(self, grid):
-        """(1, n, d): the positions of a grid (h, w), a class token's first where it has one; the sides may be tensors."""
+        """(1, n, d): the positions of a grid (h, w), the learned tokens' first where they have some; the sides may be tensors."""
         if all(isinstance(side, int) for side in grid) and tuple(grid) == self.grid:
             return self.positions
         if self.kind == "sincos2d":
             return ops.cast(sincos2d(*grid, self.positions.shape[-1], ops), "float32")
         table, d = ops.cast(self.positions, "float32"), self.positions.shape[-1]
-        before = self.class_token and self.class_position
-        rows = resampled(ops.reshape(table[0, before:], (*self.grid, d)), *map(self.line, self.grid, grid))
+        rows = resampled(ops.reshape(table[0, self.before :], (*self.grid, d)), *map(self.line, self.grid, grid))
         rows = ops.reshape(rows, (1, -1, d))
-        return ops.concatenate([table[:, :1], rows], axis=1) if before else rows
+        return ops.concatenate([table[:, : self.before], rows], axis=1) if self.before else rows
 
     line = staticmethod(aligned)  # (old side, new side) -> the matrix that resamples positions along it
 
@@ -118,13 +132,14 @@ class Tokens(keras.layers.Layer):
         h, w = ops.shape(x)[1:3]
         x = ops.reshape(x, (-1, h * w, x.shape[-1]))
         positions = ops.cast(self.positions_at((h, w)), x.dtype)
-        if not self.class_token:
+        if not self.learned:
             return x + positions
-        cls = ops.broadcast_to(ops.cast(self.cls, x.dtype), (ops.shape(x)[0], 1, x.shape[-1]))
+        size = (ops.shape(x)[0], 1, x.shape[-1])
+        tokens = [ops.broadcast_to(ops.cast(token, x.dtype), size) for token in self.tokens]
         if self.class_position:
-            return ops.concatenate([cls, x], axis=1) + positions
-        return ops.concatenate([cls, x + positions], axis=1)
+            return ops.concatenate([*tokens, x], axis=1) + positions
+        return ops.concatenate([*tokens, x + positions], axis=1)
 
     def compute_output_shape(self, input_shape):
         b, h, w, d = input_shape
-        return (b, None if None in (h, w) else h * w + self.class_token, d)
+        return (b, None if None in (h, w) else h * w + self.learned, d)

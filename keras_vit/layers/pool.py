@@ -8,18 +8,34 @@ from keras_vit.layers.taps import check_tap
 
 @keras.saving.register_keras_serializable("keras_vit")
 class ClassToken(keras.layers.Layer):
-    """(b, n, d) -> (b, d): the first token."""
+    """(b, n, d) -> (b, d): the first token, or the one that is `at` another place.
+
+    Args:
+        at: its place; DeiT's distillation token is at 1.
+    """
+
+    def __init__(self, at=0, **kwargs):
+        super().__init__(**kwargs)
+        self.at = at
 
     def call(self, x):
-        return x[:, 0]
+        return x[:, self.at]
 
 
 @keras.saving.register_keras_serializable("keras_vit")
 class PatchTokens(keras.layers.Layer):
-    """(b, 1 + n, d) -> (b, n, d): all tokens but the class token."""
+    """(b, m + n, d) -> (b, n, d): all tokens but the learned ones before them.
+
+    Args:
+        learned: m; 1 is the class token alone.
+    """
+
+    def __init__(self, learned=1, **kwargs):
+        super().__init__(**kwargs)
+        self.learned = learned
 
     def call(self, x):
-        return x[:, 1:]
+        return x[:, self.learned :]
 
 
 @keras.saving.register_keras_serializable("keras_vit")

@@ -98,7 +98,7 @@ def ViT(
     if representation_size == "auto":
         representation_size = (top.stored("pre_logits/kernel") or [None])[-1]
 
-    x = top.images(default_size(top, patch, class_token), lambda h, w: _check_size(name, (h, w), patch, drop=big_vision))
+    x = top.images(default_size(top, patch, class_token), lambda h, w: check_size(name, (h, w), patch, drop=big_vision))
     x = Patches(width, patch, name="patches")(x)
     grid = x.shape[1:3]
     x = Tokens(class_token, not big_vision, positions, width**-0.5 if big_vision else 0.02, name="tokens")(x)
@@ -125,7 +125,8 @@ def ViT(
     return top.model(top.top(x) if include_top else x, name)
 
 
-def _check_size(name, size, patch, drop):
+def check_size(name, size, patch, drop=False):
+    """Raises ArgumentError for an image of `size` that is no whole number of patches, or that has none where `drop` drops the rest."""
     if min(size[0] // patch[0], size[1] // patch[1]) and (drop or not (size[0] % patch[0] or size[1] % patch[1])):
         return
     nearest = tuple(max(round(side / p), 1) * p for side, p in zip(size, patch))

@@ -81,3 +81,16 @@ def split_attention(original, ours, out, names=("query", "key", "value"), biases
         for index, part in enumerate(biases)
     ]
     return [*kernels, *shifts, *attention_out(out, ours)]
+
+
+# Where all arrays of a file lie, and what lies beside them: bare, as a parallel model keeps them, and as training jobs store them
+ROOTS = {
+    "": (), "module.": (), "model/": ("optimizer/*", "lr_scheduler/*", "scaler/*", "model_ema/*"),
+    "model/module.": ("optimizer/*", "lr_scheduler/*", "scaler/*", "model_ema/*"), "model_state/": ("optimizer_state/*",),
+    "state_dict/": ("optimizer/*", "amp_scaler/*"), "state_dict_ema/": ("state_dict/*", "optimizer/*", "amp_scaler/*"),
+}  # fmt: skip
+
+
+def spellings(names, style="torch"):
+    """{layout: Names} of a family's files under each of `ROOTS`."""
+    return {f"{root}{style}": names.under(root, beside) for root, beside in ROOTS.items()}
