@@ -306,6 +306,33 @@ def test_a_file_goes_to_another_layout_and_back_with_its_bits_and_types(run, tmp
     assert stored == ({"<f4", "|V2"} if golden is BFLOAT16 else {"<f4"})
 
 
+def test_a_file_goes_through_every_format_in_its_own_layout_with_its_bits_and_comes_back(run, tmp_path):
+    path = BFLOAT16
+    for name in ("a.pth", "b.safetensors", "c.pth.tar", "d.npz"):
+        status, told, _ = run("convert", path, tmp_path / name, "--json")
+        assert status == 0 and told["layout"] == told["read_as"] == "params/linen-posemb-on-top" and told["left_out"] == []
+        path = tmp_path / name
+        status, told, _ = run("inspect", path, "--json")
+        assert status == 0 and told["family"] == "ViT" and told["layout"] == "params/linen-posemb-on-top"
+        assert told["sha256"] == fetch.sha256(path)
+    with np.load(BFLOAT16) as file:
+        expected = {name: (file[name].dtype, file[name].shape, file[name].tobytes()) for name in file}
+    with np.load(path) as file:
+        assert {name: (file[name].dtype, file[name].shape, file[name].tobytes()) for name in file} == expected
+
+
+def test_the_format_of_a_file_of_no_known_family_can_be_changed_and_its_integers_stay(run, tmp_path):
+    arrays = {"model/net.weight": np.ones((2, 3), "f2"), "model/net.steps": np.array(7)}
+    files.write(tmp_path / "x.pth", arrays)
+    status, told, _ = run("convert", tmp_path / "x.pth", tmp_path / "y.safetensors", "--json")
+    assert status == 0 and told["family"] is told["layout"] is told["read_as"] is None
+    archive = files.open_file(tmp_path / "y.safetensors")
+    assert {name: archive.exact(name).tolist() for name in archive.entries} == {n: a.tolist() for n, a in arrays.items()}
+    assert "unknown" in run("convert", tmp_path / "x.pth", tmp_path / "y.safetensors")[1]
+    status, _, err = run("convert", tmp_path / "x.pth", tmp_path / "y.pth")
+    assert status == 1 and "model/net.weight: the file's layout has no such array" in err
+
+
 def test_layers_of_several_types_are_stacked_as_float32(run, toy, tmp_path):
     keras_vit.save_npz(toy, tmp_path / "x.npz", layout="linen")
     arrays, name = dict(np.load(tmp_path / "x.npz")), "Transformer/encoderblock_{}/LayerNorm_0/scale"

@@ -19,7 +19,7 @@ import onnx as onnx_format  # noqa: E402
 import keras_vit  # noqa: E402
 from export import common, litert, onnx, originals  # noqa: E402
 from keras_vit import errors, hub, layers, zoo  # noqa: E402
-from keras_vit.checkpoints import load  # noqa: E402
+from keras_vit.checkpoints import files, load  # noqa: E402
 from keras_vit.data import pipeline  # noqa: E402
 from keras_vit.evaluation import classify  # noqa: E402
 
@@ -312,10 +312,21 @@ def test_a_weight_that_comes_back_otherwise_is_an_error_and_nothing_is_written(t
     assert not os.listdir(tmp_path)
 
 
-@pytest.mark.parametrize("ending", [".pth", ".safetensors"])
-def test_other_original_formats_say_that_their_families_are_not_here_yet(ending, tmp_path):
-    with pytest.raises(errors.ArgumentError, match="can be written when keras_vit has these families"):
-        originals.write(made("ViT_mu"), tmp_path / f"m{ending}")
+@pytest.mark.parametrize("ending", [".pth", ".pth.tar", ".safetensors"])
+def test_an_original_file_is_written_in_the_format_of_its_name(ending, tmp_path):
+    model = made("ViT_mu")
+    originals.write(model, tmp_path / f"m{ending}")
+    assert [path.name for path in tmp_path.iterdir()] == [f"m{ending}"]
+    assert isinstance(files.open_file(tmp_path / f"m{ending}"), files.FORMATS[ending])
+    again = keras_vit.create_model("ViT_mu", weights=str(tmp_path / f"m{ending}"))
+    for old, new in zip(model.weights, again.weights, strict=True):
+        assert load.to_numpy(old).tobytes() == load.to_numpy(new).tobytes(), old.path
+
+
+def test_an_original_file_of_an_unknown_format_is_not_written(tmp_path):
+    with pytest.raises(errors.ArgumentError, match="m.h5: expected a file that ends in .npz, .safetensors, .pth"):
+        originals.write(made("ViT_mu"), tmp_path / "m.h5")
+    assert not os.listdir(tmp_path)
 
 
 def test_real_images_are_photographs_and_the_same_every_time():

@@ -28,7 +28,7 @@ import pytest
 from conftest import randomise
 
 import keras_vit
-from keras_vit import errors
+from keras_vit import errors, zoo
 from keras_vit.checkpoints import download, fetch, files
 
 PATH = "vit_models/imagenet21k/ViT-B_16.npz"
@@ -279,6 +279,37 @@ def test_a_source_has_one_url_and_what_is_cached_is_listed_by_its_source(tmp_pat
     assert fetch.url(SOURCE) == f"file://{tmp_path}/{PATH}"
 
 
+def test_files_of_hugging_face_have_their_public_url():
+    there = "https://huggingface.co/timm/deit_tiny_patch16_224.fb_in1k/resolve/main/model.safetensors"
+    assert fetch.url("hf://timm/deit_tiny_patch16_224.fb_in1k/model.safetensors") == there
+    assert fetch.url("hf://a/b/c/d.npz@v1.0") == "https://huggingface.co/a/b/resolve/v1.0/c/d.npz"
+    assert zoo.find_weights("timm/deit_tiny_patch16_224.fb_in1k", "x").source == there.replace(
+        "https://huggingface.co", "hf:/"
+    ).replace("/resolve/main", "")
+
+
+def test_what_lies_under_a_name_that_timm_has_too_is_taken_from_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "timm").mkdir()
+    (tmp_path / "timm" / "deit").write_bytes(b"x")
+    assert zoo.find_weights("timm/deit", "x").source == "timm/deit"
+
+
+@pytest.mark.parametrize("ending", [".pth", ".pt", ".pth.tar", ".pyth"])
+def test_a_name_that_carries_the_beginning_of_its_sha256_is_held_to_it(server, ending):
+    """[D3]"""
+    server.answer = serve(BODY)
+    for wrong in (f"gs://a/deit-00000000{ending}", f"gs://a/deit-20210101-00000000{ending}"):
+        for _ in range(2):
+            with pytest.raises(errors.IntegrityError, match=f"sha256 begins with 00000000, as its name says, got {digest(BODY)}"):
+                fetch.fetch(wrong)
+        assert fetch.cached() == [] and not fetch.lock_file().exists()
+    right = f"gs://a/deit-{digest(BODY)[:8]}{ending}"
+    assert fetch.fetch(right).path.read_bytes() == BODY
+    fetch.fetch(f"gs://a/deit-20210101{ending}")  # a date
+    fetch.fetch("gs://a/deit-00000000.npz")  # nothing that a hub wrote
+
+
 def test_a_local_path_is_used_as_it_is(tmp_path):
     (tmp_path / "x.npz").write_bytes(b"x")
     assert fetch.fetch(tmp_path / "x.npz") == (tmp_path / "x.npz", None)
@@ -381,11 +412,12 @@ def test_a_malformed_lock_file_is_refused_by_name_and_left_as_it_is(server, tmp_
 @pytest.mark.parametrize(
     "source",
     ["http://example.com/x.npz", "file:///etc/hostname", "ftp://host/x", "gs://bucket/../x", "https://host/", "https://host/a/%2e%2e/x",
+     "hf://a/b", "hf://a//b", "hf://a/b/../c", "hf://a/b/c@d@e", "hf://a/b/c@..",
      "https://host/.x.npz", "https://user@host/x", "https://host/x?y=1", "https://[host/x", "gs://bucket//x", "gs://bucket/a\0b"],
 )  # fmt: skip
 def test_other_schemes_and_paths_that_climb_are_refused(source):
     """[D17]"""
-    with pytest.raises(errors.DownloadError, match="expected (gs|a host)"):
+    with pytest.raises(errors.DownloadError, match="expected (gs|hf|a host)"):
         fetch.fetch(source)
 
 
@@ -396,6 +428,9 @@ def test_other_schemes_and_paths_that_climb_are_refused(source):
         "http://localhost:1/x",
         "https://127.0.0.1.example.org/x",
         "ftp://127.0.0.1:{}/x",
+        "https://hf.co.example.org/x",
+        "https://example.org:443.hf.co/x",
+        "https://user@us.aws.cdn.hf.co/x",
         "http://127.0.0.1/",
     ],
 )
@@ -435,6 +470,16 @@ def test_redirects_are_followed_on_the_same_host_and_to_allowed_ones(server, mon
     with pytest.raises(errors.DownloadError, match="no network"):
         fetch.fetch("gs://a/b")
     assert looked_up[-1] == "storage.googleapis.com"
+    for host in (
+        "us.aws.cdn.hf.co",
+        "cas-bridge.xethub.hf.co",
+        "cdn-lfs-us-1.huggingface.co",
+        "release-assets.githubusercontent.com",
+    ):
+        server.answer = lambda handler, host=host: handler.reply(302, Location=f"https://{host}/x?y=1", Content_Length=0)
+        with pytest.raises(errors.DownloadError, match="no network"):
+            fetch.fetch("gs://a/b")
+        assert looked_up[-1] == host
 
 
 def test_offline_serves_the_cache_and_lists_it_without_a_socket(server, tmp_path, monkeypatch):

@@ -13,9 +13,10 @@ from keras_vit import errors
 from keras_vit.checkpoints import files, reader
 
 NUMBERS = np.arange(6, dtype="<f4")
+DATA = NUMBERS.tobytes()
 
 
-def saved(header, data=NUMBERS.tobytes(), length=None):
+def saved(header, data=DATA, length=None):
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return (len(text) if length is None else length).to_bytes(8, "little") + text + data
 
@@ -41,7 +42,7 @@ LIES = {
     "the same": (saved({"a": array(), "b": array()}), "'b': its bytes overlap"),
     "gap": (saved({"a": array((2,), (0, 8)), "b": array((3,), (12, 24))}), "'b': its bytes leave a gap"),
     "gap at the start": (saved({"a": array((5,), (4, 24))}), "'a': its bytes leave a gap"),
-    "bytes behind": (saved(GOOD, NUMBERS.tobytes() + b"more"), "its header accounts for"),
+    "bytes behind": (saved(GOOD, DATA + b"more"), "its header accounts for"),
     "type": (saved({"a": array(dtype="F33")}), "one of the types F64.* got 'F33'"),
     "type that is none": (saved({"a": array(dtype=[])}), "one of the types"),
     "twice": (saved(b'{"a":%s,"a":%s}' % ((json.dumps(array()).encode(),) * 2)), "key 'a' stands there twice"),

@@ -98,6 +98,10 @@ def corpus(tmp_path_factory):
     (folder / "pickle.npz").write_bytes(pickle.dumps(Bomb(sentinel)))
     (folder / "pickle.pkl").write_bytes(pickle.dumps(Bomb(sentinel)))
     np.savez(folder / "member.npz", **{"head/kernel": np.array([Bomb(sentinel)], dtype=object)})
+    for name in ("member.pth", "member.pth.tar", "member.safetensors"):
+        with zipfile.ZipFile(folder / name, "w") as file:
+            file.writestr("archive/data.pkl", pickle.dumps({"head.weight": Bomb(sentinel)}, 2))
+    (folder / "legacy.pth").write_bytes(pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(Bomb(sentinel), 2))
     with tarfile.open(folder / "links.npz", "w:gz") as file:
         link = tarfile.TarInfo("it_ran")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
