@@ -1,7 +1,9 @@
 """What the published files hold, written out by hand from their repositories: the other side of the maps in keras_vit/models.
 
-Each entry of FILES is (path below gs://, model, side of its images, classes or None, width of `pre_logits` or None, MiB or None).
-Paths and sizes: listings in google-research/vision_transformer (vit_jax.ipynb, README.md) and google-research/big_vision.
+Each entry of FILES is (path below gs:// without .npz, or a whole URL, model, side of its images, classes or None, width of
+`pre_logits` or None, MiB or None).
+Paths and sizes: listings in google-research/vision_transformer (vit_jax.ipynb, README.md) and google-research/big_vision;
+of Compact Transformers in README.md and examples/README.md of SHI-Labs/Compact-Transformers.
 """
 
 # width, depth, heads, hidden width of the MLP
@@ -13,6 +15,9 @@ SIZES = {
 STEMS = {"R": (), "R26": (2, 2, 2, 2), "R50B": (3, 4, 9), "R50": (3, 4, 6, 3)}
 # width, depth, hidden width of token mixing and channel mixing
 MIXERS = {"S": (512, 8, 256, 2048), "B": (768, 12, 384, 3072), "L": (1024, 24, 512, 4096)}
+
+# width, depth, hidden width of the MLP
+COMPACT = {2: (128, 2, 128), 4: (128, 4, 128), 6: (256, 6, 512), 7: (256, 7, 512), 14: (384, 14, 1152)}
 
 _21K = 21_843
 _AUGREG = [  # model, file, MiB, fine-tuned at 384, fine-tuned at 224
@@ -86,6 +91,28 @@ FILES = [
         ("b16", "B/16", (224, 256, 384, 512)), ("b32", "B/32", (256,)), ("l16", "L/16", (256, 384, 512)),
         ("so400m14", "So400m/14", (224, 384)), ("so400m16", "So400m/16", (256, 384, 512)), ("g-opt16", "g-opt/16", (256, 384)),
     ] for side in sides],
+    *[(f"https://github.com/SHI-Labs/Compact-Transformers/files/{file}.pth.zip", model, 32, classes, None, None)
+      for model, files in {
+        "ViTLite 7/4": ("6666087/vitlite7-4_cifar10", "6666088/vitlite7-4_cifar100"),
+        "ViTLite 6/4": ("6666085/vitlite6-4_cifar10", "6666086/vitlite6-4_cifar100"),
+        "CVT 7/4": ("6666077/cvt7-4_cifar10", "6666078/cvt7-4_cifar100"),
+        "CVT 6/4": ("6666075/cvt6-4_cifar10", "6666076/cvt6-4_cifar100"),
+        "CCT 2/3x2": ("6666059/cct2-3x2_cifar10", "6666060/cct2-3x2_cifar100"),
+        "CCT 4/3x2": ("6666061/cct4-3x2_cifar10", "6666066/cct4-3x2_cifar100"),
+        "CCT 6/3x2": ("6658604/cct6-3x2_cifar10_best", "6658605/cct6-3x2_cifar100_best"),
+        "CCT 7/3x2": ("6657152/cct7-3x2_cifar10_best", "6657154/cct7-3x2_cifar100_best"),
+        "CCT 7/3x1": ("6644400/cct7-3x1_cifar10_best", "6657226/cct7-3x1_cifar100_best"),
+        "CCT 6/3x1": ("6657185/cct6-3x1_cifar10_best", "6657221/cct6-3x1_cifar100_best"),
+        "CCT 6/3x1 500": ("6730781/cct6-3x1_cifar10_500", "6730783/cct6-3x1_cifar100_500"),
+      }.items() for file, classes in zip(files, (10, 100))],
+    *[(f"https://shi-labs.com/projects/cct/checkpoints/{file}.pth", f"CCT {model}", side, classes, None, None)
+      for file, model, side, classes in [
+        *[(f"pretrained/cct_7_3x1_32_cifar{n}_300epochs", "7/3x1", 32, n) for n in (10, 100)],
+        *[(f"pretrained/cct_7_3x1_32_sine_cifar{n}_{epochs}epochs", "7/3x1", 32, n) for n in (10, 100)
+          for epochs in (1500, 5000)],
+        ("pretrained/cct_7_7x2_224_flowers102", "7/7x2", 224, 102), ("pretrained/cct_14_7x2_224_imagenet", "14/7x2", 224, 1000),
+        ("finetuned/cct_14_7x2_384_imagenet", "14/7x2", 384, 1000), ("finetuned/cct_14_7x2_384_flowers102", "14/7x2", 384, 102),
+      ]],
 ]  # fmt: skip
 
 
@@ -154,8 +181,44 @@ def _mixer(model, side, classes):
     return found
 
 
+def _linear(name, inputs, outputs, bias=True):
+    return {f"{name}.weight": (outputs, inputs), **({f"{name}.bias": (outputs,)} if bias else {})}
+
+
+def _torch_norm(name, width):
+    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+
+
+def _compact(kind, size, side, classes):
+    """Of CCT, CVT or ViTLite; size is "layers/patch" or "layers/kernel x convolutions"."""
+    layers, tokenizer = size.split(" ")[0].split("/")
+    width, depth, hidden = COMPACT[int(layers)]
+    kernel, *convolutions = map(int, tokenizer.split("x"))
+    channels = [3, *[64] * (convolutions[0] - 1 if convolutions else 0), width]
+    found = {}
+    for i, (inputs, outputs) in enumerate(zip(channels, channels[1:])):
+        found[f"tokenizer.conv_layers.{i}.0.weight"] = (outputs, inputs, kernel, kernel)
+        side //= {3: 2, 7: 4}[kernel] if kind == "CCT" else kernel
+    if kind != "CCT":
+        found["tokenizer.conv_layers.0.0.bias"] = (width,)
+    if kind == "ViTLite":
+        found["classifier.class_emb"] = (1, 1, width)
+    else:
+        found |= _linear("classifier.attention_pool", width, 1)
+    found["classifier.positional_emb"] = (1, side**2 + (kind == "ViTLite"), width)
+    for block in (f"classifier.blocks.{i}" for i in range(depth)):
+        found |= _torch_norm(f"{block}.pre_norm", width) | _torch_norm(f"{block}.norm1", width)
+        found |= _linear(f"{block}.self_attn.qkv", width, 3 * width, bias=False) | _linear(
+            f"{block}.self_attn.proj", width, width
+        )
+        found |= _linear(f"{block}.linear1", width, hidden) | _linear(f"{block}.linear2", hidden, width)
+    return found | _torch_norm("classifier.norm", width) | _linear("classifier.fc", width, classes)
+
+
 def arrays(model, side, classes, rep):
     """{name: shape} of all arrays of a published file."""
+    if model.startswith(("CCT ", "CVT ", "ViTLite ")):
+        return _compact(*model.split(" ", 1), side, classes)
     if model.startswith("Mixer "):
         return _mixer(model.removeprefix("Mixer "), side, classes)
     *kind, name = model.split(" ")

@@ -72,6 +72,12 @@ def resample_bicubic(grid, size):
     return np.einsum("yh,xw,hwd->yxd", rows, columns, grid.astype(np.float64)).astype(np.float32)
 
 
+def resample_bilinear(grid, size):
+    """(h, w, d) -> (h', w', d): both sides by `bilinear`, as Compact Transformers do."""
+    rows, columns = (bilinear(*sides) for sides in zip(grid.shape, size))
+    return np.einsum("yh,xw,hwd->yxd", rows, columns, grid.astype(np.float64)).astype(np.float32)
+
+
 class Positions:
     """Resamples a learned table of positions (1, n, d) from the file's grid to the model's.
 
@@ -151,17 +157,17 @@ class Positions:
         return done
 
 
-def bilinear(old, new):
+def bilinear(old, new, xp=np):
     """(new, old) matrix of linear resampling of a line: half-pixel centres, edges repeated, no antialiasing.
 
-    As `tf.image.resize(method="bilinear")` does along each axis.
+    As `tf.image.resize(method="bilinear")` and PyTorch's `interpolate(mode="bilinear", align_corners=False)` do along each axis.
+
+    Args:
+        xp: numpy, or `keras.ops` for a `new` that is a tensor.
     """
-    at = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
-    low = np.floor(at).astype(int)
-    matrix = np.zeros((new, old))
-    matrix[np.arange(new), low] = 1 - (at - low)
-    matrix[np.arange(new), np.minimum(low + 1, old - 1)] += at - low
-    return matrix
+    scale = old / xp.cast(new, "float64") if xp is not np else old / new
+    at = xp.clip((xp.arange(new, dtype="float64")[:, None] + 0.5) * scale - 0.5, 0, old - 1)
+    return xp.maximum(0, 1 - xp.abs(at - np.arange(old)))
 
 
 def antialiased(old, new, xp=np):

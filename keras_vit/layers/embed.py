@@ -112,8 +112,12 @@ class Tokens(keras.layers.Layer):
                 raise ValueError(f"Tokens {self.name!r}: positions='sincos2d' need a width that is a multiple of 4, got {d}.")
             self.positions = sincos2d(h, w, d).astype("float32")
         else:
-            normal = keras.initializers.RandomNormal(stddev=self.stddev)
-            self.positions = self.add_weight(shape=(1, self.before + h * w, d), initializer=normal, name="positions")
+            shape, learned = (1, self.before + h * w, d), self.kind == "learned"
+            self.positions = self.add_weight(shape=shape, initializer=self.first_positions, trainable=learned, name="positions")
+
+    def first_positions(self, shape, dtype=None):
+        """What a table of positions that is a weight starts with."""
+        return keras.initializers.RandomNormal(stddev=self.stddev)(shape, dtype)
 
     def positions_at(self, grid):
         """(1, n, d): the positions of a grid (h, w), the learned tokens' first where they have some; the sides may be tensors."""
