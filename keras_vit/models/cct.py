@@ -427,6 +427,8 @@ SIZE_14 = dict(width=384, depth=14, heads=6, mlp=1152, **RATES)
 CONV_3X1 = dict(kernel_size=3, conv_layers=1)
 CONV_3X2 = dict(kernel_size=3, conv_layers=2)
 CONV_7X2 = dict(kernel_size=7, conv_layers=2)
+CVT_4 = dict(patch_size=4, classifier="sequence")
+VIT_4 = dict(patch_size=4, classifier="token")
 
 
 def _record(source, data, resolution, tuned=False, **pixels):
@@ -499,20 +501,18 @@ CCT_14_7x2 = variant(
     },
 )  # fmt: skip
 CVT_6_4 = variant(
-    "CVT_6_4", CCT, **SIZE_6, patch_size=4, resolution=32, params=3_444_713, macs=214_984_704, upstream=("cvt_6_4_32",),
+    "CVT_6_4", CCT, **SIZE_6, **CVT_4, resolution=32, params=3_444_713, macs=214_984_704, upstream=("cvt_6_4_32",),
     weights=_attached("", cifar10="6666075/cvt6-4_cifar10", cifar100="6666076/cvt6-4_cifar100"),
 )  # fmt: skip
 CVT_7_4 = variant(
-    "CVT_7_4", CCT, **SIZE_7, patch_size=4, resolution=32, params=3_971_049, macs=250_636_288, upstream=("cvt_7_4_32",),
+    "CVT_7_4", CCT, **SIZE_7, **CVT_4, resolution=32, params=3_971_049, macs=250_636_288, upstream=("cvt_7_4_32",),
     weights=_attached("", cifar10="6666077/cvt7-4_cifar10", cifar100="6666078/cvt7-4_cifar100"),
 )  # fmt: skip
 ViTLite_6_4 = variant(
-    "ViTLite_6_4", CCT, **SIZE_6, patch_size=4, classifier="token", resolution=32, params=3_444_968, macs=218_493_952,
-    upstream=("vit_6_4_32",),
+    "ViTLite_6_4", CCT, **SIZE_6, **VIT_4, resolution=32, params=3_444_968, macs=218_493_952, upstream=("vit_6_4_32",),
     weights=_attached("", cifar10="6666085/vitlite6-4_cifar10", cifar100="6666086/vitlite6-4_cifar100"),
 )  # fmt: skip
 ViTLite_7_4 = variant(
-    "ViTLite_7_4", CCT, **SIZE_7, patch_size=4, classifier="token", resolution=32, params=3_971_304, macs=254_735_872,
-    upstream=("vit_7_4_32",),
+    "ViTLite_7_4", CCT, **SIZE_7, **VIT_4, resolution=32, params=3_971_304, macs=254_735_872, upstream=("vit_7_4_32",),
     weights=_attached("", cifar10="6666087/vitlite7-4_cifar10", cifar100="6666088/vitlite7-4_cifar100"),
 )  # fmt: skip
