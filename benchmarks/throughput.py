@@ -1,20 +1,20 @@
-"""Images per second of a model's inference, beside the same machine's matrix products and the peers that are installed.
+"""Images per second of models' inference, beside the same machine's matrix products and the peers that are installed.
 
-    python -m benchmarks.throughput ViT_B16 [--image=224 --batch=8 --rounds=6 --json=FILE]
+    python -m benchmarks.throughput ViT_B16 poolformer_s12 [--image=224 --batch=8 --rounds=6 --json=FILE]
 
-Float32, random weights, the current Keras backend. All contenders are measured in one run, a few calls each in turn, round after
-round, so that noise hits all alike. Keras models run as their users run them, by `predict_on_batch`, with and without
-`jit_compile` on TensorFlow, and the better median of the two counts on either side; timm runs eagerly in `torch.inference_mode`.
+Any registered models, by either name; float32, random weights, the current Keras backend. All contenders are measured in one run,
+a few calls each in turn, round after round, so that noise hits all alike. Keras models run as their users run them, by
+`predict_on_batch`, with and without `jit_compile` on TensorFlow, and the better median of the two counts on either side; timm's,
+that of the same upstream name or a ViT of the same size, runs eagerly in `torch.inference_mode`.
 
 The ceiling is the rate at which this machine, by the same backend in the same rounds, multiplies two float32 2048 x 2048
-matrices, divided by the model's multiplications (see `gflop_per_image`).
+matrices, divided by the model's multiplications (see `gflop_per_image`): its median, and that of the best one ("best ceiling").
 """
 
 import argparse
 import importlib.metadata
 import importlib.util
 import json
-import math
 import os
 import platform
 import statistics
@@ -25,6 +25,8 @@ import keras
 import numpy as np
 
 import keras_vit
+from keras_vit import errors, zoo
+from keras_vit.explain.cost import cost
 
 SIDE = 2048
 PRODUCTS = 8  # in one call, so that it lasts long enough to meet the same noise as a batch of images
@@ -33,24 +35,14 @@ JIT = {"tensorflow": {"graph": False, "jit": True}, "jax": {"jit": True}, "torch
 
 
 def gflop_per_image(model):
-    """Billions of floating-point operations (two for each multiply-add) of all matrix products of a ViT for one image.
+    """Billions of floating-point operations (two for each multiply-add) of all matrix products and convolutions for one image.
 
-    Every kernel is applied at each position of its layer's output: size * positions multiply-adds. Attention adds 2 * n * n * d
-    in each block, for the scores and for the weighted sum. ViT-B/16 at 224: 35.1.
-
-    Returns:
-        A float, or None for other families and for attention pooling, whose kernels act along other axes.
+    ViT-B/16 at 224: 35.1. None for a model whose layers do not all say what they cost.
     """
-    if model.family != "ViT" or "map_head" in {layer.name for layer in model.layers}:
+    try:
+        return 2e-9 * cost(model).macs
+    except errors.ArgumentError:
         return None
-    products = 0
-    for layer in model.layers:
-        inner = layer.output.shape[1:-1]
-        names = {w.name for w in layer.weights}
-        products += sum(math.prod(w.shape) for w in layer.weights if w.name.endswith("kernel")) * math.prod(inner)
-        if "qkv_kernel" in names:
-            products += 2 * inner[0] ** 2 * layer.output.shape[-1]
-    return 2e-9 * products
 
 
 def contenders(name, image, batch):
@@ -60,21 +52,26 @@ def contenders(name, image, batch):
     images = np.random.default_rng(0).uniform(-1, 1, (batch, *shape)).astype(np.float32)
     modes = JIT[keras.config.backend()].items()
     runs = {f"keras_vit {mode}": _keras(model, images, jit) for mode, jit in modes}
-    if model.family == "ViT":
-        tokens, patches, block = (model.get_layer(part).get_config() for part in ("tokens", "patches", "block_0"))
-        depth = sum(layer.name.startswith("block_") for layer in model.layers)
-        if installed("keras_hub"):
-            from keras_hub.models import ViTBackbone
+    if model.family == "ViT" and installed("keras_hub"):
+        from keras_hub.models import ViTBackbone
 
-            sizes = patches["patch_size"], depth, block["heads"], patches["width"], block["mlp"]
-            peer = ViTBackbone(shape, *sizes, use_class_token=tokens["class_token"])
-            runs |= {f"keras_hub {mode}": _keras(peer, images, jit) for mode, jit in modes}
-        if installed("timm"):
-            try:
-                runs["timm eager"] = _timm(shape, depth, tokens, patches, block, images)
-            except (ImportError, RuntimeError) as error:  # it needs a torch and a torchvision that fit each other
-                print(f"timm is installed but cannot be used here ({error}); left out")
+        tokens, patches, depth, block = _parts(model)
+        sizes = patches["patch_size"], depth, block["heads"], patches["width"], block["mlp"]
+        peer = ViTBackbone(shape, *sizes, use_class_token=tokens["class_token"])
+        runs |= {f"keras_hub {mode}": _keras(peer, images, jit) for mode, jit in modes}
+    if installed("timm"):
+        try:
+            peer = _timm(model, name)
+            runs |= {"timm eager": _torch(peer, images)} if peer else {}
+        except (ImportError, RuntimeError) as error:  # it needs a torch and a torchvision that fit each other
+            print(f"timm is installed but cannot be used here ({error}); left out")
     return runs, model
+
+
+def _parts(model):
+    """What a ViT is made of: the settings of its tokens and patches, its depth, and a block's settings."""
+    tokens, patches, block = (model.get_layer(part).get_config() for part in ("tokens", "patches", "block_0"))
+    return tokens, patches, sum(layer.name.startswith("block_") for layer in model.layers), block
 
 
 def _keras(model, images, jit):
@@ -83,16 +80,32 @@ def _keras(model, images, jit):
     return lambda: model.predict_on_batch(images)
 
 
-def _timm(shape, depth, tokens, patches, block, images):
-    import torch
+def _timm(model, name):
+    """timm's model of the same name, as given or upstream, else of a ViT one of its size, else None."""
+    import timm
     from timm.models.vision_transformer import VisionTransformer
 
-    model = VisionTransformer(
-        img_size=shape[:2], patch_size=patches["patch_size"], embed_dim=patches["width"], depth=depth, num_heads=block["heads"],
+    size, row = model.input_shape[1:3], zoo.VARIANTS.get(model.variant)
+    known = [each for each in (name, *(row.upstream if row else ())) if timm.is_model(each)]
+    if known:
+        try:
+            return timm.create_model(known[0], img_size=size)
+        except TypeError:  # a model of any size
+            return timm.create_model(known[0])
+    if model.family != "ViT":
+        return None
+    tokens, patches, depth, block = _parts(model)
+    return VisionTransformer(
+        img_size=size, patch_size=patches["patch_size"], embed_dim=patches["width"], depth=depth, num_heads=block["heads"],
         mlp_ratio=block["mlp"] / patches["width"], class_token=tokens["class_token"],
         global_pool="token" if tokens["class_token"] else "avg",
-    ).eval()  # fmt: skip
-    images = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+    )  # fmt: skip
+
+
+def _torch(model, images):
+    import torch
+
+    model, images = model.eval(), torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
 
     @torch.inference_mode()
     def run():
@@ -127,22 +140,31 @@ def measure(runs, rounds):
     return seconds, cpu
 
 
-def report(name, image=None, batch=8, rounds=6):
-    """Measures and returns the record that `main` prints and writes: settings, rates in images/s, ratios, machine, versions."""
-    runs, model = contenders(name, image, batch)
+def report(names, image=None, batch=8, rounds=6):
+    """Measures models, all in the same rounds.
+
+    Returns:
+        For each the record that `main` prints and writes: settings, rates in images/s, ratios, machine, versions.
+    """
+    built = {name: contenders(name, image, batch) for name in names}
+    runs = {(name, label): run for name, (labels, _) in built.items() for label, run in labels.items()}
     seconds, cpu = measure(runs | {"ceiling": matrix_products()}, rounds)
     gflops = [2e-9 * PRODUCTS * SIDE**3 / s for s in seconds.pop("ceiling")]
-    gflop = gflop_per_image(model)
-    rates = {
-        label: {
-            "median": batch / statistics.median(times),
-            "max": batch / min(times),
-            "cpu_seconds_per_image": statistics.median(cpu[label]) / batch,
-            "seconds": times,
-        }
-        for label, times in seconds.items()
-    }
-    best = {}
+    records = []
+    for name, (labels, model) in built.items():
+        rates = {}
+        for label in labels:
+            times = seconds[name, label]
+            rates[label] = {
+                "median": batch / statistics.median(times), "max": batch / min(times),
+                "cpu_seconds_per_image": statistics.median(cpu[name, label]) / batch, "seconds": times,
+            }  # fmt: skip
+        records.append(_record(name, model, batch, rounds, rates, gflops))
+    return records
+
+
+def _record(name, model, batch, rounds, rates, gflops):
+    best, gflop = {}, gflop_per_image(model)
     for label, rate in rates.items():
         side = label.split()[0]
         best[side] = max(best.get(side, 0), rate["median"])
@@ -151,7 +173,7 @@ def report(name, image=None, batch=8, rounds=6):
     ceiling = {"gflops_median": statistics.median(gflops), "gflops_max": max(gflops), "gflop_per_image": gflop}
     if gflop:
         ceiling |= {"median": ceiling["gflops_median"] / gflop, "max": ceiling["gflops_max"] / gflop}
-        ratios["keras_vit / ceiling"] = ours / ceiling["median"]
+        ratios |= {"keras_vit / ceiling": ours / ceiling["median"], "keras_vit / best ceiling": ours / ceiling["max"]}
     return {
         "model": name, "input_shape": model.input_shape[1:], "batch": batch, "rounds": rounds, "calls_per_round": CALLS,
         "dtype": "float32", "backend": keras.config.backend(), "images_per_second": rates, "ceiling": ceiling, "ratios": ratios,
@@ -201,19 +223,20 @@ def _print(record):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m benchmarks.throughput", description=__doc__.partition("\n")[0])
-    parser.add_argument("name", help="a registered model: keras_vit.list_models()")
+    parser.add_argument("names", nargs="+", metavar="NAME", help="a registered model: keras_vit.list_models()")
     parser.add_argument("--image", type=int, help="side in pixels; the model's own default, mostly 224, if left out")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--json", type=Path, help="file for the record, with every call's seconds")
+    parser.add_argument("--json", type=Path, help="file for the records, with every call's seconds")
     given = parser.parse_args(arguments)
     if min(given.batch, given.rounds, given.image or 1) < 1:
         parser.error(f"--image, --batch and --rounds must be at least 1, got {given.image}, {given.batch}, {given.rounds}")
-    record = report(given.name, given.image, given.batch, given.rounds)
-    _print(record)
+    records = report(given.names, given.image, given.batch, given.rounds)
+    for record in records:
+        _print(record)
     if given.json:
         given.json.parent.mkdir(parents=True, exist_ok=True)
-        given.json.write_text(json.dumps(record, indent=1) + "\n")
+        given.json.write_text(json.dumps(records, indent=1) + "\n")
 
 
 if __name__ == "__main__":
