@@ -45,7 +45,7 @@ from keras_vit.data.augment import LEVELS, augreg_level, shifted
 from keras_vit.data.pixels import Pixels
 from keras_vit.evaluation import classify, speed
 from keras_vit.evaluation.sample import training_sample
-from keras_vit.training import callbacks, finetune, objectives, optimizers, report, state, strategy
+from keras_vit.training import callbacks, finetune, masked, objectives, optimizers, report, state, strategy
 from keras_vit.training.losses import SigmoidCrossEntropy
 from keras_vit.training.metrics import Metrics
 from keras_vit.training.schedules import DECAYS, WarmupDecay
@@ -61,7 +61,7 @@ _BATCH = 32  # images that the module and the model are given at once
 _CHUNK = 2**28  # numbers in the images sent to the other process at once: 1 GiB
 
 _CHOICES = dict(
-    trainer=("train",),
+    trainer=("train", "masked"),
     model_type=("ViT", "Mixer"),
     augment=("crop_flip", "shift", "none"),
     augreg=tuple(LEVELS),
@@ -97,7 +97,8 @@ class Trained:
         model: ends in probabilities.
         learner: the same layers, ending in logits.
         train, test: the `data.pipeline.Source`s.
-        evaluation: a `classify.Evaluation` on all of the test split; None where the run was asked to end before its last step.
+        evaluation: a `classify.Evaluation` on all of the test split, or a `masked.Judged`; None where the run was asked to end
+            before its last step.
         seconds: training, from the first step to the last, compilation and evaluations included.
         place: the `strategy.Place` it was trained at.
         preempted_at: the step after which it was saved because it was asked to end, or None.
@@ -107,15 +108,15 @@ class Trained:
     learner: keras.Model
     train: pipeline.Source
     test: pipeline.Source
-    evaluation: classify.Evaluation | None
+    evaluation: classify.Evaluation | masked.Judged | None
     seconds: float
     place: strategy.Place
     preempted_at: int | None = None
 
     @property
     def accuracy(self):
-        """Of the evaluation."""
-        return self.evaluation and self.evaluation.accuracy
+        """Of the evaluation; None where that is no classifier's."""
+        return getattr(self.evaluation, "accuracy", None)
 
 
 def check_config(config):
@@ -149,6 +150,8 @@ def check_config(config):
         )
     lr_rules(config)
     _check_distillation(config)
+    if config.trainer == "masked":
+        _check_masked(config)
     if config.steps_on_device > 1:
         for key in ("total_steps", "eval_every", "progress_every", "checkpoint_every"):
             if config[key] % config.steps_on_device:
@@ -188,6 +191,21 @@ def _check_distillation(config):
         raise errors.ConfigError(
             "config.distillation.cache keeps the teacher's logits of single images, which Mixup and CutMix mix: set "
             "config.mixup, config.cutmix and config.augreg to none of them, or leave the cache out."
+        )
+
+
+def _check_masked(config):
+    given = config.masked
+    try:
+        masked.Mask(given.ratio, given.least)
+        if given.tokenizer != "pixels":
+            teachers.find(given.tokenizer)
+    except errors.ArgumentError as error:
+        raise errors.ConfigError(f"config.masked: {error}") from error
+    if config.distillation.type != "none" or config.mixup or config.cutmix or augreg_level(config.augreg)[2]:
+        raise errors.ConfigError(
+            "config.trainer='masked' knows no labels: set config.distillation.type to 'none', config.mixup and cutmix to 0 "
+            "and config.augreg to a level without Mixup."
         )
 
 
@@ -232,6 +250,11 @@ def pretrained_file(config):
     """
     if not config.pretrained_dir:
         return None
+    if config.pretrained_dir.endswith(".npz"):
+        path = os.path.expanduser(config.pretrained_dir)
+        if "://" not in path and not os.path.isfile(path):
+            raise errors.ConfigError(f"{path}: there is no such checkpoint; check --config.pretrained_dir.")
+        return path
     name = config.model_or_filename or config.model.model_name
     if config.model_or_filename and "-" not in name:
         name = keras_vit.augreg.recommended(name)
@@ -268,11 +291,12 @@ def build_model(config, classes):
     return model
 
 
-def build_learner(config, model, teacher=None):
+def build_learner(config, model, teacher=None, graph=None):
     """What is fitted: `model` up to its logits, compiled with the optimizer and the loss of `config`; and the schedule.
 
     Args:
         teacher: an `objectives.Teacher`; None without one, and where its logits come with the batches.
+        graph: None, or a model that ends in the loss of each image, which is fitted in place of `model`.
     """
     schedule = WarmupDecay(
         config.total_steps, config.base_lr, config.decay_type, config.warmup_steps, config.linear_end, config.timescale,
@@ -296,16 +320,18 @@ def build_learner(config, model, teacher=None):
         "sam": SAM(config.rho) if config.two_pass == "sam" else None,
         "gsam": GSAM(config.rho, config.rho_min, config.gsam_alpha, config.base_lr, least) if config.two_pass == "gsam" else None,
     }[config.two_pass]
-    given = config.distillation
-    two = any(layer.name == "head_distillation" for layer in model.layers)
-    objective = None
-    if given.type != "none" or two:
-        objective = objectives.Distillation.of(model, given.type, given.tau, given.alpha, teacher)
+    given, objective, loss = config.distillation, None, LOSSES[config.loss](config.label_smoothing)
+    if graph is not None:
+        inputs, outputs, objective, loss = graph.inputs, graph.outputs, masked.Outputs(graph), None
+    else:
+        inputs, outputs = model.inputs, zoo.logits(model)
+        if given.type != "none" or any(layer.name == "head_distillation" for layer in model.layers):
+            objective = objectives.Distillation.of(model, given.type, given.tau, given.alpha, teacher)
     learner = Learner(
-        model.inputs, zoo.logits(model), parts=config.accum_steps, clip_norm=config.grad_norm_clip, two_pass=two_pass,
+        inputs, outputs, parts=config.accum_steps, clip_norm=config.grad_norm_clip, two_pass=two_pass,
         objective=objective, steps_on_device=config.steps_on_device,
     )  # fmt: skip
-    learner.compile(optimizer, LOSSES[config.loss](config.label_smoothing))
+    learner.compile(optimizer, loss)
     learner.optimizer.build(learner.trainable_variables)
     return learner, schedule
 
@@ -368,8 +394,8 @@ def train(config, workdir):
     keras.config.set_dtype_policy(config.precision)
     try:
         with place.scope():
-            teacher = _teacher(config, training.num_classes)
-        about = state.described(config, data=training.fingerprint(), **({"teacher": teacher.digest()} if teacher else {}))
+            task = _TASKS[config.trainer](config, training, test)
+        about = state.described(config, data=training.fingerprint(), **task.about)
         with place.guarded(workdir):
             if not place.same(zlib.crc32(json.dumps(about, sort_keys=True).encode()) >> 1):
                 raise errors.ConfigError(
@@ -378,10 +404,10 @@ def train(config, workdir):
                 )
         with place.guarded(workdir), place.scope():
             model = build_model(config, training.num_classes)
-            learner, schedule = build_learner(config, model, None if config.distillation.cache else teacher)
+            learner, schedule = task.learner(model)
     finally:
         keras.config.set_dtype_policy(before)
-    targets = _teacher_logits(config, teacher, training, place)
+    task.prepare(place)
     _make(workdir)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_written(workdir))
@@ -414,17 +440,17 @@ def train(config, workdir):
                 store=lambda: _store(model, workdir), checkpoints=checkpoints, about=about, start=start,
                 preemption=preemption, blame=lambda step: _blame(config, training, step), place=place,
                 progress_every=config.progress_every, eval_every=config.eval_every, checkpoint_every=config.checkpoint_every,
-                steps_on_device=config.steps_on_device, profile=profile, multi_label=config.loss == "sigmoid",
+                steps_on_device=config.steps_on_device, profile=profile, multi_label=config.loss == "sigmoid", judge=task.judge,
             )  # fmt: skip
-            batches = place.batches(lambda *shard: _train_batches(config, training, pixels, start, shard, targets), config.batch)
+            batches = place.batches(lambda *shard: task.batches(pixels, start, shard), config.batch)
             with place.guarded(workdir):
-                outcome = finetune.finetune(learner, batches, _test_batches(config, test, pixels, config.batch_eval), todo)
+                outcome = finetune.finetune(learner, batches, task.tests(pixels), todo)
         except tf.errors.OpError as error:
             pipeline.raise_unreadable(error, training, test)
         if outcome.preempted_at is not None:
             journal.line(f"Asked to end: saved after step {outcome.preempted_at}. The same command goes on from there.")
         else:
-            if config.train_sample:
+            if config.train_sample and not task.judge:
                 sample = _test_batches(
                     config, training_sample(training, config.train_sample, config.seed), pixels, config.batch_eval
                 )
@@ -437,25 +463,80 @@ def train(config, workdir):
     return Trained(model, learner, training, test, outcome.evaluation, outcome.seconds, place, outcome.preempted_at)
 
 
-def _teacher(config, classes):
-    """The `objectives.Teacher` of a configuration, or None."""
-    if config.distillation.type == "none":
-        return None
-    teacher = teachers.open_teacher(config.distillation.teacher)
-    teacher.check(classes, f"config.dataset={config.dataset!r}")
-    return teacher
+class _Classifier:
+    """What a run trains, on which batches, and how it is judged: a classifier, with or without a teacher.
+
+    Attributes:
+        about: what a checkpoint says of it besides configuration and data.
+        judge: of `finetune.Run`.
+    """
+
+    judge = None
+
+    def __init__(self, config, training, test):
+        self.config, self.training, self.test = config, training, test
+        self.teacher = self.targets = None
+        given = config.distillation
+        if given.type != "none":
+            self.teacher = teachers.open_teacher(given.teacher)
+            self.teacher.check(training.num_classes, f"config.dataset={config.dataset!r}")
+        self.about = {"teacher": self.teacher.digest()} if self.teacher else {}
+
+    def learner(self, model):
+        """(what is fitted, its schedule)."""
+        return build_learner(self.config, model, None if self.config.distillation.cache else self.teacher)
+
+    def prepare(self, place):
+        """Whatever takes time, once the rest is known to be in order."""
+        path = self.config.distillation.cache
+        if not self.teacher or not path:
+            return
+        if place.workers > 1 and not os.path.exists(path):
+            raise errors.ConfigError(
+                f"config.distillation.cache={path} is not there, and several workers cannot make it: run one step on one first."
+            )
+        self.targets = self.teacher.cached(self.training, path, self.config.batch_eval)
+
+    def batches(self, pixels, start, shard):
+        return _train_batches(self.config, self.training, pixels, start, shard, self.targets)
+
+    def tests(self, pixels):
+        return _test_batches(self.config, self.test, pixels, self.config.batch_eval)
 
 
-def _teacher_logits(config, teacher, source, place):
-    """The teacher's logits of all training images from or into `config.distillation.cache`; None without one."""
-    path = config.distillation.cache
-    if not teacher or not path:
-        return None
-    if place.workers > 1 and not os.path.exists(path):
-        raise errors.ConfigError(
-            f"config.distillation.cache={path} is not there, and several workers cannot make it: run one step on one first."
-        )
-    return teacher.cached(source, path, config.batch_eval)
+class _Masked(_Classifier):
+    """A model that guesses hidden patches; labels are not looked at."""
+
+    judge = staticmethod(masked.judge)
+
+    def __init__(self, config, training, test):
+        super().__init__(config, training, test)
+        given = config.masked
+        self.mask, self.guessed = masked.Mask(given.ratio, given.least), masked.PixelTargets()
+        if given.tokenizer != "pixels":
+            found = teachers.open_teacher(given.tokenizer)
+            self.guessed = masked.CodeTargets(found.model, found.name, found.pixels)
+            self.about = {"tokenizer": found.digest()}
+
+    def learner(self, model):
+        model.remember(weights_info={**model.weights_info, "zero_head": True})
+        self.grid = masked.grid_of(model)
+        self.mask.count(self.grid)
+        return build_learner(self.config, model, graph=masked.rewired(model, self.guessed))
+
+    def prepare(self, place):
+        pass
+
+    def batches(self, pixels, start, shard):
+        config, first = self.config, start * self.config.batch
+        batches = super().batches(pixels, start, shard)
+        return masked.masked(batches, config.batch, self.grid, self.mask, config.seed, first, shard)
+
+    def tests(self, pixels):
+        return masked.masked(super().tests(pixels), self.config.batch_eval, self.grid, self.mask, self.config.seed)
+
+
+_TASKS = {"train": _Classifier, "masked": _Masked}
 
 
 @contextlib.contextmanager
@@ -572,12 +653,14 @@ def run(config, workdir, command=None):
         command: a shell's line that repeats the run, for the report.
 
     Returns:
-        The test accuracy of what came out last; None where the run was asked to end and saved. Images per second of
-        `inference_time`.
+        The test accuracy of what came out last; None where the run was asked to end and saved. The test loss of masked
+        pre-training, images per second of `inference_time`.
     """
     if config.trainer == "inference_time" and "initial_steps" in config:
         return inference_time(config, workdir)
     trained = train(config, workdir)
+    if config.trainer == "masked":
+        return trained.evaluation and trained.evaluation.loss
     if trained.preempted_at is not None or not trained.place.chief:
         return trained.accuracy
     _report(config, workdir, trained, command or "python -m keras_vit.main")

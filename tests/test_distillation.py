@@ -126,7 +126,8 @@ def test_logits_are_found_before_a_softmax_of_either_kind():
 
 def test_the_state_of_a_run_holds_no_teacher():
     student, teacher = classifier("student"), classifier("teacher")
-    alone, taught = (learner(student, Distillation.of(student, kind, teacher=Teacher(teacher, "toy"))) for kind in ("none", "soft"))
+    kinds = [Distillation.of(student, kind, teacher=Teacher(teacher, "toy")) for kind in ("none", "soft")]
+    alone, taught = (learner(student, kind) for kind in kinds)
     assert state.variables(alone).keys() == state.variables(taught).keys()
     assert len(taught.non_trainable_variables) == len(teacher.variables) + len(alone.non_trainable_variables)
 

@@ -100,6 +100,9 @@ def find_row(name, rows):
     """
     if name in rows:
         return rows[name]
+    same = {row.name: row for spelling, row in rows.items() if spelling.lower() == name.lower()}
+    if len(same) == 1:
+        return same.popitem()[1]
     near = difflib.get_close_matches(name, rows, 3) or rows
     raise errors.ConfigError(f"{name!r} is no model of this configuration; nearest: {', '.join(near)}.")
 

@@ -36,6 +36,7 @@ class Run:
         steps_on_device: of the learner.
         profile: None, or the first and the last step to profile.
         multi_label: whether the loss takes each class on its own.
+        judge: None for a classifier, whose accuracy is told; or (learner, test batches) -> what has a `loss`, which is told.
     """
 
     total_steps: int
@@ -56,6 +57,7 @@ class Run:
     steps_on_device: int = 1
     profile: tuple | None = None
     multi_label: bool = False
+    judge: callable = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,18 +65,18 @@ class Outcome:
     """What `finetune` returns.
 
     Attributes:
-        evaluation: a `classify.Evaluation` of the test examples; None where the run was preempted.
+        evaluation: a `classify.Evaluation` of the test examples, or what `Run.judge` gives; None where the run was preempted.
         seconds: of training, compilation and evaluations included, also before a resume.
         preempted_at: the step after which a preempted run stopped and was saved, or None.
     """
 
-    evaluation: Evaluation | None
+    evaluation: Evaluation | object | None
     seconds: float
     preempted_at: int | None = None
 
 
 def finetune(learner, batches, tests, run):
-    """Trains a compiled model that ends in logits, then evaluates it.
+    """Trains a compiled model, then evaluates it: one that ends in logits, or whatever `run.judge` takes.
 
     Args:
         learner: a `step.Learner`, compiled, with the state after `run.start` steps.
@@ -92,15 +94,17 @@ def finetune(learner, batches, tests, run):
     counting = dict(start=run.start, stride=run.steps_on_device)
     total, chief = run.total_steps, run.place.chief
 
-    def tell(step, share):
-        run.journal.line(f"step {step}/{total} test accuracy {share:.4f}")
-        run.journal.scalars(step, accuracy_test=share)
+    measure = "loss" if run.judge else "accuracy"
+
+    def tell(step, value):
+        run.journal.line(f"step {step}/{total} test {measure} {value:.4f}")
+        run.journal.scalars(step, **{f"{measure}_test": value})
         if run.metrics:
-            run.metrics.write(step, accuracy_test=share)
+            run.metrics.write(step, **{f"{measure}_test": value})
 
     def evaluate(step):
         with averaged(learner):
-            tell(step, accuracy(learner, tests))
+            tell(step, run.judge(learner, tests).loss if run.judge else accuracy(learner, tests))
 
     def store(step):
         try:
@@ -139,8 +143,11 @@ def finetune(learner, batches, tests, run):
         return Outcome(None, progress.seconds, saving.step)
     for variable, average in zip(learner.trainable_variables, _averages(learner)):
         variable.assign(_copied(average))  # as Keras does at the end of `fit`
-    evaluation = evaluate_all(learner, tests, from_logits=True, multi_label=run.multi_label)
-    tell(total, evaluation.accuracy)
+    if run.judge:
+        evaluation = run.judge(learner, tests)
+    else:
+        evaluation = evaluate_all(learner, tests, from_logits=True, multi_label=run.multi_label)
+    tell(total, getattr(evaluation, measure))
     with run.place.readable(learner.variables):
         if chief:
             run.store()

@@ -64,7 +64,7 @@ class Learner(keras.Model):
         self.frozen = list(objective.frozen) if objective else []  # which Keras tracks, so that their weights reach the step
         self._replicated = None
 
-    def compile(self, optimizer, loss, **kwargs):
+    def compile(self, optimizer, loss=None, **kwargs):
         """As in Keras, whose options that do not work under the strategy in use are refused."""
         if keras.config.backend() == "tensorflow":
             zoo.check_strategy(self, own_loop=True)
