@@ -336,7 +336,8 @@ class Contract:
 
     def _load(self, model, name):
         record, has = self.record, {layer.name for layer in model.layers}
-        lacking = {ours.partition("/")[0] for ours in self.shapes} & {*HEADS, "pre_logits", "map_head", "sequence_pool"} - has
+        read_by_heads = {*HEADS, "pre_logits", "map_head", "sequence_pool", "fc_norm"}
+        lacking = {ours.partition("/")[0] for ours in self.shapes} & read_by_heads - has
         options = dict(
             ignore=tuple(f"{layer}/*" for layer in sorted(lacking)),
             reset_head=self.include_top and not self.keeps_head,

@@ -246,3 +246,90 @@ def arrays(model, side, classes, rep):
         kernel = 1 if STEMS[stem] else 8
         return found | body | _dense("embedding", kernel, kernel, channels, width)
     return found | _dense("embedding", patch, patch, 3, width)
+
+
+# BEiT: beit/README.md of microsoft/unilm and the listings of huggingface.co. Each entry of BEIT_FILES is
+# (source, width, depth, heads, side of its images, classes, whose spelling, MB as listed or None)
+_BEIT_SIZES = {"base": (768, 12, 12), "large": (1024, 24, 16)}
+_BEIT_SIDES = {"base": (224, 384), "large": (224, 384, 512)}
+_BEIT_MB = {
+    "microsoft/beit-base-patch16-224-pt22k-ft22k": 414, "timm/beit_base_patch16_224.in22k_ft_in22k": 414,
+    "timm/beit_base_patch16_224.in22k_ft_in22k_in1k": 350, "microsoft/beit-large-patch16-224-pt22k-ft22k": 1310,
+    "microsoft/beit-large-patch16-224": 1230, "microsoft/beit-large-patch16-384": 1280, "microsoft/beit-large-patch16-512": 1420,
+}  # fmt: skip
+_BEIT_RELEASES = "https://github.com/addf400/files/releases/download/v1.0"
+
+
+def _beit_files():
+    for size, sizes in _BEIT_SIZES.items():
+        original, hugging_face = f"{_BEIT_RELEASES}/beit_{size}_patch16", f"microsoft/beit-{size}-patch16"
+        found = [
+            (f"{original}_224_pt22k_ft22k.pth", 224, 21_841, "original"),
+            (f"{original}_224_pt22k_ft1k.pth", 224, 1000, "original"),
+            (f"hf://{hugging_face}-224-pt22k-ft22k/pytorch_model.bin", 224, 21_841, "hugging face"),
+            (f"hf://timm/beit_{size}_patch16_224.in22k_ft_in22k/model.safetensors", 224, 21_841, "timm"),
+        ]
+        for side in _BEIT_SIDES[size]:
+            found += [
+                (f"{original}_{side}_pt22k_ft22kto1k.pth", side, 1000, "original"),
+                (f"hf://{hugging_face}-{side}/pytorch_model.bin", side, 1000, "hugging face"),
+                (f"hf://timm/beit_{size}_patch16_{side}.in22k_ft_in22k_in1k/model.safetensors", side, 1000, "timm"),
+            ]
+        for source, side, classes, style in found:
+            mb = _BEIT_MB.get("/".join(source.removeprefix("hf://").split("/")[:2]))
+            yield source, *sizes, side, classes, style, mb
+
+
+BEIT_FILES = list(_beit_files())
+
+
+def beit_arrays(width, depth, heads, side, classes, style):
+    """{name: (shape, dtype)} of all arrays of a published BEiT."""
+    grid = side // 16
+    table, index = ((2 * grid - 1) ** 2 + 3, heads), (grid**2 + 1,) * 2
+    floats, indices = {}, {}
+
+    def linear(name, inputs, outputs, bias=True):
+        floats[f"{name}.weight"] = (outputs, inputs)
+        if bias:
+            floats[f"{name}.bias"] = (outputs,)
+
+    def norm(name):
+        floats.update({f"{name}.weight": (width,), f"{name}.bias": (width,)})
+
+    if style == "hugging face":
+        floats["beit.embeddings.cls_token"] = (1, 1, width)
+        floats["beit.embeddings.patch_embeddings.projection.weight"] = (width, 3, 16, 16)
+        floats["beit.embeddings.patch_embeddings.projection.bias"] = (width,)
+        for layer in (f"beit.encoder.layer.{i}" for i in range(depth)):
+            attention = f"{layer}.attention.attention"
+            floats[f"{layer}.lambda_1"] = floats[f"{layer}.lambda_2"] = (width,)
+            for part in ("query", "key", "value"):
+                linear(f"{attention}.{part}", width, width, bias=part != "key")
+            floats[f"{attention}.relative_position_bias.relative_position_bias_table"] = table
+            indices[f"{attention}.relative_position_bias.relative_position_index"] = index
+            linear(f"{layer}.attention.output.dense", width, width)
+            linear(f"{layer}.intermediate.dense", width, 4 * width)
+            linear(f"{layer}.output.dense", 4 * width, width)
+            norm(f"{layer}.layernorm_before")
+            norm(f"{layer}.layernorm_after")
+        norm("beit.pooler.layernorm")
+        linear("classifier", width, classes)
+    else:
+        floats |= {"cls_token": (1, 1, width), "patch_embed.proj.weight": (width, 3, 16, 16), "patch_embed.proj.bias": (width,)}
+        for block in (f"blocks.{i}" for i in range(depth)):
+            names = ("gamma_1", "gamma_2", "attn.q_bias", "attn.v_bias")
+            floats |= {f"{block}.{name}": (width,) for name in names} | {f"{block}.attn.relative_position_bias_table": table}
+            indices[f"{block}.attn.relative_position_index"] = index
+            norm(f"{block}.norm1")
+            norm(f"{block}.norm2")
+            linear(f"{block}.attn.qkv", width, 3 * width, bias=False)
+            linear(f"{block}.attn.proj", width, width)
+            linear(f"{block}.mlp.fc1", width, 4 * width)
+            linear(f"{block}.mlp.fc2", 4 * width, width)
+        norm("fc_norm")
+        linear("head", width, classes)
+    root = "model/" if style == "original" else ""
+    return {root + name: (shape, "<f4") for name, shape in floats.items()} | {
+        root + name: (shape, "<i8") for name, shape in indices.items()
+    }

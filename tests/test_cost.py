@@ -19,6 +19,7 @@ OURS = {
     "vit_base_32": "ViT_B32", "vit_large_16": "ViT_L16", "vit_large_32": "ViT_L32", "vit_huge_14": "ViT_H14",
     "vit_base_16_in21k": "ViT_B16", "r50_vit_base_16": "R50_ViT_B16", "mixer_b16": "Mixer_B16", "mixer_l16": "Mixer_L16",
     "cct_7_3x1_32": "CCT_7_3x1", "cct_7_7x2_224": "CCT_7_7x2", "cct_14_7x2_224": "CCT_14_7x2",
+    "beit_base": "BEiT_B16", "beit_large": "BEiT_L16",
 }  # fmt: skip
 CLASSES = {"cct_7_3x1_32": 10, "cct_7_7x2_224": 102, "cct_14_7x2_224": 1000}  # where the table has them in words only
 
@@ -75,8 +76,9 @@ def counted(model):
         lambda: keras_vit.Hybrid_mu(weights=None, input_shape=(40, 56, 3)),
         lambda: keras_vit.Mixer_mu(weights=None),
         lambda: keras_vit.FlexiViT_mu(weights=None),
+        lambda: keras_vit.BEiT_mu(weights=None),
     ],
-    ids=["ViT", "unpooled", "big_vision", "map", "hybrid", "mixer", "flexi"],
+    ids=["ViT", "unpooled", "big_vision", "map", "hybrid", "mixer", "flexi", "beit"],
 )
 def test_costs_are_those_of_the_graph(build):
     model = build()

@@ -225,3 +225,125 @@ class PatchKernel:
 
     def __call__(self, arrays):
         return {"patches/kernel": resample_patches(arrays["patches/kernel"], self.size)}
+
+
+def bisected(steps, reach):
+    """The q of 1 + q + ... + q**(steps - 1) = reach, as BEiT's fine-tuning bisects it: never below 1.01 nor above 1.5."""
+    low, high, q = 1.01, 1.5, 1.01
+    while high - low > 1e-6:
+        q = (low + high) / 2
+        low, high = (low, q) if (1 - q**steps) / (1 - q) > reach else (q, high)
+    return q
+
+
+def relative_coordinates(old, new):
+    """(2 * old - 1,): where the distances in a line of `old` patches lie among those in one of `new`, which they then stand for.
+
+    They are 0, 1, 1 + q, 1 + q + q**2 ... and their negatives: near distances keep their meaning, and the farthest becomes the
+    new line's farthest. For a shorter line, and a slightly longer one, q is 1.01, and far distances of the file are left out.
+    """
+    steps = np.cumsum(bisected(old - 1, new - 1) ** np.arange(old - 1, dtype=np.float64))
+    return np.concatenate([-steps[::-1], [0.0], steps])
+
+
+def _splines(knots, degree, at):
+    """(len(at), len(knots) - degree - 1) values of the B-splines of these knots (Cox and de Boor); `at` within them."""
+    last = np.flatnonzero(knots[:-1] < knots[1:])[-1]
+    piece = np.minimum(np.searchsorted(knots, at, "right") - 1, last)
+    values = (piece[:, None] == np.arange(len(knots) - 1)).astype(np.float64)
+    for k in range(1, degree + 1):
+        width = knots[k:] - knots[:-k]
+        share = (at[:, None] - knots[:-k]) * np.divide(1, width, out=np.zeros_like(width), where=width > 0)
+        values = share[:, :-1] * values[:, :-1] + np.where(width[1:] > 0, 1 - share[:, 1:], 0) * values[:, 1:]
+    return values
+
+
+def cubic_spline(at, points):
+    """(len(at), len(points)) matrix that reads the cubic spline through values at `points` (increasing) at `at`.
+
+    It has no knots at the second and the last but one point, and is constant outside of the points: `scipy.interpolate.interp2d`
+    of kind "cubic" along each axis. Fewer than four points have the polynomial through them.
+    """
+    at, points = (np.asarray(each, np.float64) for each in (at, points))
+    if len(points) == 1:
+        return np.ones((len(at), 1))
+    degree = min(3, len(points) - 1)
+    knots = np.concatenate([points[:1].repeat(degree + 1), points[2:-2], points[-1:].repeat(degree + 1)])
+    matrices = [_splines(knots, degree, np.clip(each, points[0], points[-1])) for each in (at, points)]
+    return np.linalg.solve(matrices[1].T, matrices[0].T).T
+
+
+def broken_line(at, points):
+    """(len(at), len(points)) matrix that reads straight lines through values at `points`, which increase, constant outside."""
+    return np.stack([np.interp(at, points, one) for one in np.eye(len(points))], axis=1)
+
+
+def _relative_rows(table, old):
+    return table[:-3].reshape(*(2 * side - 1 for side in old), -1)
+
+
+def resample_relative(table, old, new, line=cubic_spline):
+    """(rows, heads) -> (rows', heads): a table of relative positions of a grid `old` = (h, w) for the grid `new`.
+
+    As BEiT's fine-tuning does: cubic splines between `relative_coordinates`. The last three rows, the class token's, stay.
+
+    Args:
+        line: (positions, coordinates) -> matrix; `broken_line` for what timm does where there is no scipy.
+    """
+    lines = (np.eye(2 * o - 1) if o == n else line(np.arange(1 - n, n), relative_coordinates(o, n)) for o, n in zip(old, new))
+    rows = np.einsum("yh,xw,hwd->yxd", *lines, _relative_rows(table, old).astype(np.float64), optimize=True)
+    return np.concatenate([rows.reshape(-1, table.shape[1]).astype(np.float32), table[-3:]])
+
+
+def resample_relative_simply(table, old, new):
+    """As `resample_relative`, but by `resample_bicubic`, timm's "simple" way: all distances are stretched alike."""
+    rows = resample_bicubic(_relative_rows(table, old), [2 * side - 1 for side in new])
+    return np.concatenate([rows.reshape(-1, table.shape[1]), table[-3:]])
+
+
+class RelativePositions:
+    """Resamples a table of relative positions (rows, heads) from the file's grid to the model's.
+
+    Of a grid (h, w) it has (2 * h - 1) * (2 * w - 1) + 3 rows; see `models.beit`.
+
+    Args:
+        name: of the weight.
+        grid: (h, w) of the model.
+        file_grid: (h, w) of the file where it is known, or "square"; None takes a table of the model's own length as it is.
+        resample: `resample_relative` or `resample_relative_simply`.
+    """
+
+    def __init__(self, name, grid, file_grid=None, resample=resample_relative):
+        self.names, self.grid, self.file_grid, self.resample = (name,), tuple(grid), file_grid, resample
+
+    def source(self, shape):
+        """(h, w) of a table of this shape. Raises CheckpointMismatchError if it cannot be one."""
+        (name,) = self.names
+        if len(shape) != 2 or shape[0] > MAX_POSITIONS:
+            raise errors.CheckpointMismatchError(f"{name}: expected (n, heads), n at most {MAX_POSITIONS}, got {shape}")
+        side = (math.isqrt(max(shape[0] - 3, 0)) + 1) // 2
+        grid = self.file_grid if isinstance(self.file_grid, tuple) else (side, side)
+        for each in [self.grid, grid] if self.file_grid is None else [grid]:
+            if relative_distances(each) == shape[0]:
+                return each
+        raise errors.CheckpointMismatchError(
+            f"{name}: the file has {shape[0]} rows; no {'square' if self.file_grid in (None, 'square') else grid} grid "
+            "has so many. If the file's grid is not square, pass grid=(h, w)"
+        )
+
+    def plan(self, shapes):
+        ((name, shape),) = shapes.items()
+        old = self.source(shape)
+        if old == self.grid:
+            return shapes, None
+        does = f"{name}: grid {old[0]} x {old[1]} resampled to {self.grid[0]} x {self.grid[1]}"
+        return {name: (relative_distances(self.grid), shape[1])}, does
+
+    def __call__(self, arrays):
+        ((name, table),) = arrays.items()
+        return {name: self.resample(table, self.source(table.shape), self.grid)}
+
+
+def relative_distances(grid):
+    """Rows of a table of relative positions for a grid (h, w): one for each distance, and the three of the class token."""
+    return (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3

@@ -92,9 +92,10 @@ class Attention(keras.layers.Layer):
 
     def _biases(self):
         """(3, heads, d / heads), zeros for the key where only query and value have a bias."""
+        biases = ops.convert_to_tensor(self.qkv_bias)
         if self.biased == "qkv":
-            return ops.convert_to_tensor(self.qkv_bias)
-        query, value = ops.unstack(self.qkv_bias, 2)
+            return biases
+        query, value = ops.unstack(biases, 2)
         return ops.stack([query, ops.zeros_like(query), value])
 
     def _fused(self, x, training):

@@ -11,6 +11,8 @@ from keras_vit.layers.taps import check_tap
 class Block(keras.layers.Layer):
     """(b, n, d) -> (b, n, d): pre-norm transformer encoder block, `x + attention(norm(x))`, then `x + mlp(norm(x))`.
 
+    A second input (heads, n, n) is added to the attention's scores before the softmax.
+
     What lies inside is tapped: `block(x, tap=...)` returns "attention_norm", "scores" (b, heads, n, n), "attention",
     "mlp_norm" or "mlp" instead of the block's output, from the same code.
 
@@ -22,6 +24,7 @@ class Block(keras.layers.Layer):
         gelu: of the MLP, "tanh" or "exact"; see `MLP`.
         layer_scale: start of the numbers that scale what both branches add (see `LayerScale`); None for none.
         kernel_stddev: see `Attention` and `MLP`.
+        qkv_bias: see `Attention`. epsilon: of both norms.
     """
 
     TAPS = ("attention_norm", "scores", "attention", "mlp_norm", "mlp")
@@ -37,38 +40,40 @@ class Block(keras.layers.Layer):
         gelu="tanh",
         layer_scale=None,
         kernel_stddev=None,
+        qkv_bias="qkv",
+        epsilon=1e-6,
         **kwargs,
     ):
         super().__init__(**kwargs)
         self.heads, self.mlp_width, self.dropout_rate = heads, mlp, dropout_rate
         self.attention_dropout_rate, self.drop_path_rate = attention_dropout_rate, drop_path_rate
         self.flash_attention, self.gelu, self.layer_scale = flash_attention, gelu, layer_scale
-        self.kernel_stddev = kernel_stddev
+        self.kernel_stddev, self.qkv_bias, self.epsilon = kernel_stddev, qkv_bias, epsilon
         dtype = self.dtype_policy
-        self.attention_norm = keras.layers.LayerNormalization(epsilon=1e-6, dtype=dtype, name="attention_norm")
+        self.attention_norm = keras.layers.LayerNormalization(epsilon=epsilon, dtype=dtype, name="attention_norm")
         self.attention = Attention(
-            heads, attention_dropout_rate, flash_attention, kernel_stddev=kernel_stddev, dtype=dtype, name="attention"
+            heads, attention_dropout_rate, flash_attention, qkv_bias, kernel_stddev, dtype=dtype, name="attention"
         )
         self.dropout = keras.layers.Dropout(dropout_rate, dtype=dtype, name="dropout")
-        self.mlp_norm = keras.layers.LayerNormalization(epsilon=1e-6, dtype=dtype, name="mlp_norm")
+        self.mlp_norm = keras.layers.LayerNormalization(epsilon=epsilon, dtype=dtype, name="mlp_norm")
         self.mlp = MLP(mlp, dropout_rate, gelu, kernel_stddev, dtype=dtype, name="mlp")
         self.drop_path = DropPath(drop_path_rate, dtype=dtype, name="drop_path")
         self.scales = []
         if layer_scale is not None:
             self.scales = [LayerScale(layer_scale, dtype=dtype, name=f"{branch}_scale") for branch in ("attention", "mlp")]
 
-    def build(self, input_shape):
+    def build(self, x_shape, bias_shape=None):
         for layer in (self.attention_norm, self.attention, self.mlp_norm, self.mlp, self.drop_path, *self.scales):
-            layer.build(input_shape)
+            layer.build(x_shape)
 
-    def call(self, x, tap=None):
+    def call(self, x, bias=None, tap=None):
         check_tap(self, tap)
         y = self.attention_norm(x)
         if tap == "attention_norm":
             return y
         if tap == "scores":
-            return self.attention(y, tap="scores")
-        y = self.attention(y)
+            return self.attention(y, bias=bias, tap="scores")
+        y = self.attention(y, bias=bias)
         if tap == "attention":
             return y
         x = x + self.drop_path(self._scaled(0, self.dropout(y)))
@@ -87,6 +92,6 @@ class Block(keras.layers.Layer):
         """Those of attention and MLP for one example (b, n, d)."""
         return self.attention.multiply_adds(input_shape) + self.mlp.multiply_adds(input_shape)
 
-    def compute_output_spec(self, x, tap=None):
+    def compute_output_spec(self, x, bias=None, tap=None):
         check_tap(self, tap)
         return self.attention.compute_output_spec(x, tap=tap)

@@ -74,7 +74,7 @@ class Tokens(keras.layers.Layer):
         class_token: whether to put a learned token before the grid's.
         class_position: whether the learned tokens have positions too, the first of the table; without, positions are added
             before they are put in front.
-        positions: "learned", or "sincos2d" for the fixed ones of `sincos2d`.
+        positions: "learned", "sincos2d" for the fixed ones of `sincos2d`, or "none".
         stddev: of the learned positions' random values at the start.
         distillation_token: whether a second learned token follows the class token (DeiT, arXiv 2012.12877).
         token_stddev: of the learned tokens' random values at the start.
@@ -107,7 +107,9 @@ class Tokens(keras.layers.Layer):
         start = keras.initializers.RandomNormal(stddev=self.token_stddev) if self.token_stddev else "zeros"
         names = ["cls"] * bool(self.class_token) + ["dist"] * bool(self.distillation_token)
         self.tokens = [self.add_weight(shape=(1, 1, d), initializer=start, name=name) for name in names]
-        if self.kind == "sincos2d":
+        if self.kind == "none":
+            self.positions = np.zeros((1, 1, 1), "float32")
+        elif self.kind == "sincos2d":
             if d % 4 or d < 8:
                 raise ValueError(f"Tokens {self.name!r}: positions='sincos2d' need a width that is a multiple of 4, got {d}.")
             self.positions = sincos2d(h, w, d).astype("float32")
@@ -121,7 +123,7 @@ class Tokens(keras.layers.Layer):
 
     def positions_at(self, grid):
         """(1, n, d): the positions of a grid (h, w), the learned tokens' first where they have some; the sides may be tensors."""
-        if all(isinstance(side, int) for side in grid) and tuple(grid) == self.grid:
+        if self.kind == "none" or (all(isinstance(side, int) for side in grid) and tuple(grid) == self.grid):
             return self.positions
         if self.kind == "sincos2d":
             return ops.cast(sincos2d(*grid, self.positions.shape[-1], ops), "float32")
