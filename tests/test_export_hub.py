@@ -113,7 +113,7 @@ def test_collections_have_the_recommended_files_and_every_family_of_the_registry
     assert {item.name for item in collection.items("mu")} == {
         f"{name.lower()}_{ending}" for name in keras_vit.list_models("*_mu*") for ending in ("classification", "fe")
     }
-    assert {zoo.VARIANTS[item.variant].family for item in everything} == set(zoo.FAMILIES.values())
+    assert {zoo.VARIANTS[item.variant].family.name for item in everything} == set(zoo.FAMILIES)
     for item in everything:  # the heads of the original imagenet21k files are zeros
         record = zoo.VARIANTS[item.variant].weights.get(item.weights)
         assert not record or "models/imagenet21k/" not in record.source or item.task == "feature_vector"
