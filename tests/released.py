@@ -1,20 +1,22 @@
 """What the published files hold, written out by hand from their repositories: the other side of the maps in keras_vit/models.
 
-Each entry of FILES is (path below gs://, model, side of its images, classes or None, width of `pre_logits` or None, MiB or None).
-Paths and sizes: listings in google-research/vision_transformer (vit_jax.ipynb, README.md) and google-research/big_vision.
+Each entry of FILES is (path below gs:// without .npz, or a whole URL, model, side of its images, classes or None, width of
+`pre_logits` or None, MiB or None).
+Paths and sizes: listings in google-research/vision_transformer (vit_jax.ipynb, README.md) and google-research/big_vision; of
+facebookresearch/deit in its README_*.md and models.
 """
 
 # width, depth, heads, hidden width of the MLP
 SIZES = {
     "Ti": (192, 12, 3, 768), "S": (384, 12, 6, 1536), "B": (768, 12, 12, 3072), "L": (1024, 24, 16, 4096),
-    "H": (1280, 32, 16, 5120), "So400m": (1152, 27, 16, 4304), "g-opt": (1536, 40, 16, 6144),
+    "H": (1280, 32, 16, 5120), "M": (512, 12, 8, 2048), "So400m": (1152, 27, 16, 4304), "g-opt": (1536, 40, 16, 6144),
 }  # fmt: skip
 # units in each stage
 STEMS = {"R": (), "R26": (2, 2, 2, 2), "R50B": (3, 4, 9), "R50": (3, 4, 6, 3)}
 # width, depth, hidden width of token mixing and channel mixing
 MIXERS = {"S": (512, 8, 256, 2048), "B": (768, 12, 384, 3072), "L": (1024, 24, 512, 4096)}
 
-_21K = 21_843
+_21K, _DEIT = 21_843, "https://dl.fbaipublicfiles.com/deit"
 _AUGREG = [  # model, file, MiB, fine-tuned at 384, fine-tuned at 224
     ("L/16", "L_16-i21k-300ep-lr_0.001-aug_strong1-wd_0.1-do_0.0-sd_0.0", 1243, "lr_0.01"),
     ("B/16", "B_16-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.0-sd_0.0", 391, "lr_0.03"),
@@ -86,6 +88,18 @@ FILES = [
         ("b16", "B/16", (224, 256, 384, 512)), ("b32", "B/32", (256,)), ("l16", "L/16", (256, 384, 512)),
         ("so400m14", "So400m/14", (224, 384)), ("so400m16", "So400m/16", (256, 384, 512)), ("g-opt16", "g-opt/16", (256, 384)),
     ] for side in sides],
+    *[(f"{_DEIT}/deit_{file}.pth", f"DeiT {model}", side, 1000, None, None) for file, model, side in [
+        ("tiny_patch16_224-a1311bcf", "Ti/16", 224), ("small_patch16_224-cd65a155", "S/16", 224),
+        ("base_patch16_224-b5f2ef4d", "B/16", 224), ("base_patch16_384-8de9b5d1", "B/16", 384),
+        ("tiny_distilled_patch16_224-b40b3cf7", "distilled Ti/16", 224),
+        ("small_distilled_patch16_224-649709d9", "distilled S/16", 224),
+        ("base_distilled_patch16_224-df68dfff", "distilled B/16", 224),
+        ("base_distilled_patch16_384-d0272ac0", "distilled B/16", 384),
+        *[(f"3_{name}_{side}_{data}", f"III {size}/16", side) for name, size, sides in [
+            ("small", "S", (224, 384)), ("medium", "M", (224,)), ("base", "B", (224, 384)), ("large", "L", (224, 384)),
+          ] for side in sides for data in ("1k", "21k")],
+        ("3_huge_224_1k", "III H/14", 224), ("3_huge_224_21k_v1", "III H/14", 224),
+    ]],
 ]  # fmt: skip
 
 
@@ -154,8 +168,41 @@ def _mixer(model, side, classes):
     return found
 
 
+def _linear(name, inputs, outputs):
+    return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
+
+
+def _torch_norm(name, width):
+    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+
+
+def _torch_block(name, width, hidden):
+    found = _torch_norm(f"{name}.norm1", width) | _torch_norm(f"{name}.norm2", width)
+    found |= _linear(f"{name}.attn.qkv", width, 3 * width) | _linear(f"{name}.attn.proj", width, width)
+    return found | _linear(f"{name}.mlp.fc1", width, hidden) | _linear(f"{name}.mlp.fc2", hidden, width)
+
+
+def _deit(kind, name, side, classes):
+    size, patch = name.split("/")[0], int(name.split("/")[1])
+    width, depth, _, hidden = SIZES[size]
+    found = {"cls_token": (1, 1, width), "patch_embed.proj.weight": (width, 3, patch, patch), "patch_embed.proj.bias": (width,)}
+    rows = {"plain": 1, "distilled": 2, "III": 0}[kind]
+    found["pos_embed"] = (1, (side // patch) ** 2 + rows, width)
+    for block in (f"blocks.{i}" for i in range(depth)):
+        found |= _torch_block(block, width, hidden)
+        if kind == "III":
+            found |= {f"{block}.gamma_{branch}": (width,) for branch in (1, 2)}
+    found |= _torch_norm("norm", width) | _linear("head", width, classes)
+    if kind == "distilled":
+        found |= {"dist_token": (1, 1, width), **_linear("head_dist", width, classes)}
+    return {f"model/{name}": shape for name, shape in found.items()}
+
+
 def arrays(model, side, classes, rep):
     """{name: shape} of all arrays of a published file."""
+    if model.startswith("DeiT "):
+        *kind, name = model.removeprefix("DeiT ").split(" ")
+        return _deit(kind[0] if kind else "plain", name, side, classes)
     if model.startswith("Mixer "):
         return _mixer(model.removeprefix("Mixer "), side, classes)
     *kind, name = model.split(" ")

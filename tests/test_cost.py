@@ -18,6 +18,9 @@ OURS = {
     "vit_tiny_16": "ViT_Ti16", "vit_small_16": "ViT_S16", "vit_small_32": "ViT_S32", "vit_base_16": "ViT_B16",
     "vit_base_32": "ViT_B32", "vit_large_16": "ViT_L16", "vit_large_32": "ViT_L32", "vit_huge_14": "ViT_H14",
     "vit_base_16_in21k": "ViT_B16", "r50_vit_base_16": "R50_ViT_B16", "mixer_b16": "Mixer_B16", "mixer_l16": "Mixer_L16",
+    "deit_tiny": "DeiT_Ti16", "deit_small": "DeiT_S16", "deit_base": "DeiT_B16", "deit_tiny_distilled": "DeiT_Ti16_distilled",
+    "deit_small_distilled": "DeiT_S16_distilled", "deit_base_distilled": "DeiT_B16_distilled", "deit3_small": "DeiT3_S16",
+    "deit3_base": "DeiT3_B16",
 }  # fmt: skip
 
 
@@ -72,8 +75,10 @@ def counted(model):
         lambda: keras_vit.Hybrid_mu(weights=None, input_shape=(40, 56, 3)),
         lambda: keras_vit.Mixer_mu(weights=None),
         lambda: keras_vit.FlexiViT_mu(weights=None),
+        lambda: keras_vit.DeiT_mu(weights=None),
+        lambda: keras_vit.DeiT_mu(weights=None, patch_size=16, stem="hmlp", parallel=True),
     ],
-    ids=["ViT", "unpooled", "big_vision", "map", "hybrid", "mixer", "flexi"],
+    ids=["ViT", "unpooled", "big_vision", "map", "hybrid", "mixer", "flexi", "deit", "hmlp"],
 )
 def test_costs_are_those_of_the_graph(build):
     model = build()

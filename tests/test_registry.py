@@ -47,6 +47,7 @@ SMALL = {
         (8, 24, 3),
         dict(width=16, depth=2, heads=2, mlp=24, patch_size=(4, 8), stored_patch_size=(5, 3), stored_grid=(3, 2)),
     ),
+    "DeiT": ((8, 24, 3), dict(width=16, depth=2, heads=2, mlp=24, patch_size=(4, 8))),
 }
 WIRINGS = list({wiring(row): row for row in reversed(VARIANTS)}.values())[::-1]  # the first row of each
 each_wiring = pytest.mark.parametrize("row", WIRINGS, ids=lambda row: row.name)
@@ -133,7 +134,7 @@ def test_features_and_what_lies_inside_blocks_are_tapped_from_the_same_graph(row
     model = shrunk(row)
     block = model.get_layer("block_1")
     taps = {tap: block(block.input, tap=tap) for tap in block.TAPS}
-    outputs = {**taps, "features": model.get_layer("block_0").output, "logits": zoo.tap(model, "head")}
+    outputs = {**taps, "features": model.get_layer("block_0").output, "logits": zoo.logits(model)}
     got = keras.Model(model.input, outputs).predict_on_batch(images(row))
     for tap in block.TAPS:
         again = keras.Model(model.input, zoo.tap(model, f"block_1/{tap}")).predict_on_batch(images(row))
@@ -191,11 +192,12 @@ import pathlib, sys
 import numpy as np
 import keras_vit
 from keras.saving import load_model
+from keras_vit.zoo import FAMILIES
 folder = pathlib.Path(sys.argv[1])
 for path in sorted(folder.glob("*.keras")):
     model = load_model(path)
     scores = model.predict_on_batch(np.load(path.with_suffix(".images.npy")))
-    assert model.family and model.weights_info["preprocessing"]["std"] == [127.5] * 3
+    assert model.family and model.weights_info["preprocessing"] == FAMILIES[model.family].pixels.asdict()
     if path.stem == "mixed":
         assert model.get_layer("block_0").compute_dtype == "bfloat16" and np.isfinite(scores).all()
     else:
