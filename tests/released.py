@@ -100,6 +100,13 @@ FILES = [
           ] for side in sides for data in ("1k", "21k")],
         ("3_huge_224_1k", "III H/14", 224), ("3_huge_224_21k_v1", "III H/14", 224),
     ]],
+    *[(f"{_DEIT}/{file}_{kind}.pth", f"ResMLP {model}", 224, 1000, None, None) for file, model, kinds in [
+        ("resmlp_12", "S/12", ("no_dist", "dist", "dino")), ("resmlp_24", "S/24", ("no_dist", "dist", "dino")),
+        ("resmlp_36", "S/36", ("no_dist", "dist")), ("resmlpB_24", "B/24", ("no_dist", "dist", "22k")),
+    ] for kind in kinds],
+    *[(f"{_DEIT}/{model}_{side}.pth", f"CaiT {model}", side, 1000, None, None) for model, sides in {
+        "XXS24": (224, 384), "XXS36": (224, 384), "XS24": (384,), "S24": (224, 384), "S36": (384,), "M36": (384,), "M48": (448,),
+    }.items() for side in sides],
 ]  # fmt: skip
 
 
@@ -198,8 +205,40 @@ def _deit(kind, name, side, classes):
     return {f"model/{name}": shape for name, shape in found.items()}
 
 
+def _resmlp(size, depth, side, classes):
+    width, patch = {"S": (384, 16), "B": (768, 8)}[size]
+    tokens, found = (side // patch) ** 2, {}
+    found = {"patch_embed.proj.weight": (width, 3, patch, patch), "patch_embed.proj.bias": (width,)}
+    for block in (f"blocks.{i}" for i in range(int(depth))):
+        found |= {f"{block}.{name}": (width,) for name in ("gamma_1", "gamma_2")}
+        found |= {f"{block}.{name}": (width,) for name in ("norm1.alpha", "norm1.beta", "norm2.alpha", "norm2.beta")}
+        found |= _linear(f"{block}.attn", tokens, tokens)
+        found |= _linear(f"{block}.mlp.fc1", width, 4 * width) | _linear(f"{block}.mlp.fc2", 4 * width, width)
+    return found | {"norm.alpha": (width,), "norm.beta": (width,), **_linear("head", width, classes)}
+
+
+def _cait(size, side, classes):
+    width, heads = {"XXS": (192, 4), "XS": (288, 6), "S": (384, 8), "M": (768, 16)}[size[:-2]]
+    found = {"cls_token": (1, 1, width), "patch_embed.proj.weight": (width, 3, 16, 16), "patch_embed.proj.bias": (width,)}
+    found["pos_embed"] = (1, (side // 16) ** 2, width)
+    for block in (f"blocks.{i}" for i in range(int(size[-2:]))):
+        found |= _torch_block(block, width, 4 * width) | {f"{block}.gamma_{branch}": (width,) for branch in (1, 2)}
+        found |= _linear(f"{block}.attn.proj_l", heads, heads) | _linear(f"{block}.attn.proj_w", heads, heads)
+    for block in (f"blocks_token_only.{i}" for i in range(2)):
+        whole = _torch_block(block, width, 4 * width) | {f"{block}.gamma_{branch}": (width,) for branch in (1, 2)}
+        found |= {name: shape for name, shape in whole.items() if ".qkv." not in name}
+        for name in "qkv":
+            found |= _linear(f"{block}.attn.{name}", width, width)
+    found |= _torch_norm("norm", width) | _linear("head", width, classes)
+    return {f"model/module.{name}": shape for name, shape in found.items()}
+
+
 def arrays(model, side, classes, rep):
     """{name: shape} of all arrays of a published file."""
+    if model.startswith("CaiT "):
+        return _cait(model.removeprefix("CaiT "), side, classes)
+    if model.startswith("ResMLP "):
+        return _resmlp(*model.removeprefix("ResMLP ").split("/"), side, classes)
     if model.startswith("DeiT "):
         *kind, name = model.removeprefix("DeiT ").split(" ")
         return _deit(kind[0] if kind else "plain", name, side, classes)

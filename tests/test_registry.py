@@ -48,6 +48,11 @@ SMALL = {
         dict(width=16, depth=2, heads=2, mlp=24, patch_size=(4, 8), stored_patch_size=(5, 3), stored_grid=(3, 2)),
     ),
     "DeiT": ((8, 24, 3), dict(width=16, depth=2, heads=2, mlp=24, patch_size=(4, 8))),
+    "CaiT": (
+        (8, 24, 3),
+        dict(width=16, depth=2, heads=2, mlp=24, layer_scale=1e-5, class_depth=2, patch_size=(4, 8)),
+    ),
+    "ResMLP": ((8, 24, 3), dict(width=16, depth=2, mlp=24, layer_scale=0.1, patch_size=(4, 8))),
 }
 WIRINGS = list({wiring(row): row for row in reversed(VARIANTS)}.values())[::-1]  # the first row of each
 each_wiring = pytest.mark.parametrize("row", WIRINGS, ids=lambda row: row.name)
@@ -123,7 +128,8 @@ def test_a_training_step_reaches_every_weight(row):
         if name.endswith("qkv_bias"):  # a key bias shifts all scores of a query alike: the softmax does not see it
             assert moved[1].max() < 1e-6
             moved = moved[[0, 2]]
-        if name.endswith("token_mixing/fc2/bias"):  # shifts all channels of a token alike: the norms do not see it
+        # Shifts all channels of a token, or all scores of a query, alike: neither norms nor the softmax see it
+        if name.endswith(("token_mixing/fc2/bias", "attention/before_bias")):
             assert moved.max() < 1e-6
             continue
         assert moved.max() > 1e-7, name

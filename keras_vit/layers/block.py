@@ -25,6 +25,7 @@ class Block(keras.layers.Layer):
     """
 
     TAPS = ("attention_norm", "scores", "attention", "mlp_norm", "mlp")
+    ATTENTION = Attention  # its kind, which a descendant may change
 
     def __init__(
         self,
@@ -46,7 +47,7 @@ class Block(keras.layers.Layer):
         self.kernel_stddev = kernel_stddev
         dtype = self.dtype_policy
         self.attention_norm = keras.layers.LayerNormalization(epsilon=1e-6, dtype=dtype, name="attention_norm")
-        self.attention = Attention(
+        self.attention = self.ATTENTION(
             heads, attention_dropout_rate, flash_attention, kernel_stddev=kernel_stddev, dtype=dtype, name="attention"
         )
         self.dropout = keras.layers.Dropout(dropout_rate, dtype=dtype, name="dropout")
@@ -66,8 +67,8 @@ class Block(keras.layers.Layer):
         y = self.attention_norm(x)
         if tap == "attention_norm":
             return y
-        if tap == "scores":
-            return self.attention(y, tap="scores")
+        if tap in self.attention.INSIDE:
+            return self.attention(y, tap=tap)
         y = self.attention(y)
         if tap == "attention":
             return y
