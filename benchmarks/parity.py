@@ -146,7 +146,7 @@ def checkpoint(case):
 def round_trip(case, model, checkpoint):
     """Loading and saving gives the checkpoint's keys and bits again."""
     with tempfile.TemporaryDirectory() as folder:
-        path = pathlib.Path(folder, "again.npz")
+        path = pathlib.Path(folder, checkpoint.name)  # in the same format
         keras_vit.save_npz(model, path)
         first, again = open_file(checkpoint), open_file(path)
         if first.entries != again.entries:

@@ -62,6 +62,12 @@ SMALL = {
             stochastic_depth_rate=0.0,
         ),
     ),
+    "DeiT": ((8, 24, 3), dict(width=16, depth=2, heads=2, mlp=24, patch_size=(4, 8))),
+    "CaiT": (
+        (8, 24, 3),
+        dict(width=16, depth=2, heads=2, mlp=24, layer_scale=1e-5, class_depth=2, patch_size=(4, 8)),
+    ),
+    "ResMLP": ((8, 24, 3), dict(width=16, depth=2, mlp=24, layer_scale=0.1, patch_size=(4, 8))),
 }
 WIRINGS = list({wiring(row): row for row in reversed(VARIANTS)}.values())[::-1]  # the first row of each
 each_wiring = pytest.mark.parametrize("row", WIRINGS, ids=lambda row: row.name)
@@ -140,8 +146,8 @@ def test_a_training_step_reaches_every_weight(row):
         if name.endswith("qkv_bias") and len(moved) == 3:  # a key's shifts a query's scores alike: the softmax does not see it
             assert moved[1].max() < 1e-6
             moved = moved[[0, 2]]
-        # Shifts all channels of a token, or what is made of all tokens, alike: neither norms nor softmax see it
-        if name.endswith(("token_mixing/fc2/bias", "sequence_pool/bias")):
+        # Shifts all channels of a token, all scores of a query, or what is made of all tokens, alike: no norm or softmax sees it
+        if name.endswith(("token_mixing/fc2/bias", "attention/before_bias", "sequence_pool/bias")):
             assert moved.max() < 1e-6
             continue
         assert moved.max() > 1e-7, name
@@ -152,7 +158,7 @@ def test_features_and_what_lies_inside_blocks_are_tapped_from_the_same_graph(row
     model = shrunk(row)
     block = model.get_layer("block_1")
     taps = {tap: block(block.input, tap=tap) for tap in block.TAPS}
-    outputs = {**taps, "features": model.get_layer("block_0").output, "logits": zoo.tap(model, "head")}
+    outputs = {**taps, "features": model.get_layer("block_0").output, "logits": zoo.logits(model)}
     got = keras.Model(model.input, outputs).predict_on_batch(images(row))
     for tap in block.TAPS:
         again = keras.Model(model.input, zoo.tap(model, f"block_1/{tap}")).predict_on_batch(images(row))
