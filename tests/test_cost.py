@@ -18,6 +18,7 @@ OURS = {
     "vit_tiny_16": "ViT_Ti16", "vit_small_16": "ViT_S16", "vit_small_32": "ViT_S32", "vit_base_16": "ViT_B16",
     "vit_base_32": "ViT_B32", "vit_large_16": "ViT_L16", "vit_large_32": "ViT_L32", "vit_huge_14": "ViT_H14",
     "vit_base_16_in21k": "ViT_B16", "r50_vit_base_16": "R50_ViT_B16", "mixer_b16": "Mixer_B16", "mixer_l16": "Mixer_L16",
+    **{f"poolformer_{size.lower()}": f"PoolFormer_{size}" for size in ("S12", "S24", "S36", "M36", "M48")},
 }  # fmt: skip
 
 
@@ -72,8 +73,11 @@ def counted(model):
         lambda: keras_vit.Hybrid_mu(weights=None, input_shape=(40, 56, 3)),
         lambda: keras_vit.Mixer_mu(weights=None),
         lambda: keras_vit.FlexiViT_mu(weights=None),
+        lambda: keras_vit.PoolFormer_mu(
+            weights=None, input_shape=(50, 70, 3), mixer=("pool", "identity", "dense", "attention"), head_size=16
+        ),
     ],
-    ids=["ViT", "unpooled", "big_vision", "map", "hybrid", "mixer", "flexi"],
+    ids=["ViT", "unpooled", "big_vision", "map", "hybrid", "mixer", "flexi", "metaformer"],
 )
 def test_costs_are_those_of_the_graph(build):
     model = build()

@@ -11,7 +11,7 @@ from released import FILES, arrays
 from keras_vit import zoo
 from keras_vit.checkpoints import files, load
 
-PUBLISHED = {f"gs://{path}.npz": facts for path, *facts in FILES}
+PUBLISHED = {path if "://" in path else f"gs://{path}.npz": facts for path, *facts in FILES}
 TAGS = [(row, tag) for row in zoo.VARIANTS.values() for tag in row.weights]
 
 
