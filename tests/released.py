@@ -4,13 +4,19 @@ Each entry of FILES is (path below gs:// without .npz, or a whole URL, model, si
 `pre_logits` or None, MiB or None).
 Paths and sizes: listings in google-research/vision_transformer (vit_jax.ipynb, README.md) and google-research/big_vision; of
 Compact Transformers in README.md and examples/README.md of SHI-Labs/Compact-Transformers; of facebookresearch/deit in its
-README_*.md and models.
+README_*.md and models; of PoolFormers in README.md and models/metaformer.py of sail-sg/poolformer.
 """
 
 # width, depth, heads, hidden width of the MLP
 SIZES = {
     "Ti": (192, 12, 3, 768), "S": (384, 12, 6, 1536), "B": (768, 12, 12, 3072), "L": (1024, 24, 16, 4096),
     "H": (1280, 32, 16, 5120), "M": (512, 12, 8, 2048), "So400m": (1152, 27, 16, 4304), "g-opt": (1536, 40, 16, 6144),
+}  # fmt: skip
+# blocks in each stage, channels
+POOLFORMERS = {
+    "S12": ((2, 2, 6, 2), (64, 128, 320, 512)), "S24": ((4, 4, 12, 4), (64, 128, 320, 512)),
+    "S36": ((6, 6, 18, 6), (64, 128, 320, 512)), "M36": ((6, 6, 18, 6), (96, 192, 384, 768)),
+    "M48": ((8, 8, 24, 8), (96, 192, 384, 768)),
 }  # fmt: skip
 # units in each stage
 STEMS = {"R": (), "R26": (2, 2, 2, 2), "R50B": (3, 4, 9), "R50": (3, 4, 6, 3)}
@@ -133,6 +139,11 @@ FILES = [
     *[(f"{_DEIT}/{model}_{side}.pth", f"CaiT {model}", side, 1000, None, None) for model, sides in {
         "XXS24": (224, 384), "XXS36": (224, 384), "XS24": (384,), "S24": (224, 384), "S36": (384,), "M36": (384,), "M48": (448,),
     }.items() for side in sides],
+    *[(f"https://github.com/sail-sg/poolformer/releases/download/v1.0/{file}.pth.tar", model, 224, 1000, None, None)
+      for file, model in {
+        **{f"poolformer_{size.lower()}": f"PoolFormer {size}" for size in POOLFORMERS}, "metaformer_id_s12": "PoolFormer S12",
+        **{f"metaformer_{mixers}_s12_224": f"PoolFormer S12 {mixers}" for mixers in ("pppa", "ppaa", "pppf", "ppff")},
+      }.items()],
 ]  # fmt: skip
 
 
@@ -285,6 +296,34 @@ def _cait(size, side, classes):
     return {f"model/module.{name}": shape for name, shape in found.items()}
 
 
+def _poolformer(size, classes, mixers="pppp"):
+    """Of a letter for each stage's mixer: pooling, attention or fully connected; attention has positions where it begins."""
+    depths, widths = POOLFORMERS[size]
+    found = {"patch_embed.proj.weight": (widths[0], 3, 7, 7), "patch_embed.proj.bias": widths[:1]}
+    at = 0
+    for stage, (depth, width, mixer) in enumerate(zip(depths, widths, mixers)):
+        if stage:
+            found |= {f"network.{at}.proj.weight": (width, widths[stage - 1], 3, 3), f"network.{at}.proj.bias": (width,)}
+            at += 1
+        side = 56 // 2**stage
+        if mixer == "a" and mixers.index("a") == stage:
+            found[f"network.{at}.pos_embed"] = (1, width, side, side)
+            at += 1
+        for block in (f"network.{at}.{i}" for i in range(depth)):
+            vectors = ["layer_scale_1", "layer_scale_2", *(f"norm{n}.{leaf}" for n in (1, 2) for leaf in ("weight", "bias"))]
+            found |= {f"{block}.{name}": (width,) for name in [*vectors, "mlp.fc2.bias"]}
+            found |= {f"{block}.mlp.fc1.weight": (4 * width, width, 1, 1), f"{block}.mlp.fc1.bias": (4 * width,)}
+            found[f"{block}.mlp.fc2.weight"] = (width, 4 * width, 1, 1)
+            if mixer == "a":
+                found |= {f"{block}.token_mixer.qkv.weight": (3 * width, width)}
+                found |= {f"{block}.token_mixer.proj.weight": (width, width), f"{block}.token_mixer.proj.bias": (width,)}
+            if mixer == "f":
+                found[f"{block}.token_mixer.fc.weight"] = (side**2, side**2)
+        at += 1
+    found |= {"norm.weight": (width,), "norm.bias": (width,)}
+    return found | {"head.weight": (classes, width), "head.bias": (classes,)}
+
+
 def arrays(model, side, classes, rep):
     """{name: shape} of all arrays of a published file."""
     if model.startswith(("CCT ", "CVT ", "ViTLite ")):
@@ -296,6 +335,9 @@ def arrays(model, side, classes, rep):
     if model.startswith("DeiT "):
         *kind, name = model.removeprefix("DeiT ").split(" ")
         return _deit(kind[0] if kind else "plain", name, side, classes)
+    if model.startswith("PoolFormer "):
+        size, *mixers = model.split(" ")[1:]
+        return _poolformer(size, classes, *mixers)
     if model.startswith("Mixer "):
         return _mixer(model.removeprefix("Mixer "), side, classes)
     *kind, name = model.split(" ")

@@ -72,7 +72,7 @@ class Turned(Whole):
 
     Args:
         axes: the weight's axes in the file's order.
-        merged: how many of them each axis of the file holds; () for one each.
+        merged: how many of them each axis of the file holds, 0 for an axis of length 1; () for one each.
         part: what of the weight the file's array holds, `Whole` or a `Part`.
     """
 
@@ -103,9 +103,9 @@ class Turned(Whole):
     def weight_shape(self, shape):
         groups, at = [], 0
         for count in self.merged or (1,) * len(self.axes):
-            groups.append(min(self.axes[at : at + count]))
+            groups.append(min(self.axes[at : at + count], default=None))
             at += count
-        return tuple(side for _, side in sorted(zip(groups, shape)))
+        return tuple(side for group, side in sorted((g, side) for g, side in zip(groups, shape) if g is not None))
 
     def place(self, array, weight):
         back = tuple(sorted(range(len(self.axes)), key=self.axes.__getitem__))
