@@ -90,7 +90,21 @@ def counted(model):
             weights=None, input_shape=(50, 70, 3), mixer=("pool", "identity", "dense", "attention"), head_size=16
         ),
     ],
-    ids="ViT unpooled big_vision map hybrid mixer flexi beit deit hmlp resmlp cait metaformer".split(),
+    ids=[
+        "ViT",
+        "unpooled",
+        "big_vision",
+        "map",
+        "hybrid",
+        "mixer",
+        "flexi",
+        "beit",
+        "deit",
+        "hmlp",
+        "resmlp",
+        "cait",
+        "metaformer",
+    ],
 )
 def test_costs_are_those_of_the_graph(build):
     model = build()
