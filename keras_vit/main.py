@@ -53,6 +53,7 @@ from keras_vit.training.step import Learner
 from keras_vit.training.twopass import GSAM, SAM
 
 CONFIGS = Path(__file__).parent / "configs"
+CHECKPOINTS = (".npz", ".pth", ".pt", ".pth.tar", ".pyth", ".safetensors")  # endings by which `pretrained_dir` is a file
 RESULTS = ("model.keras", "model.npz", "module")
 UNIT = dict(mean=(0.0,) * 3, std=(255.0,) * 3)  # of the `Pixels` that an exported module takes
 MODULE_TOLERANCE = 1e-5
@@ -62,7 +63,6 @@ _CHUNK = 2**28  # numbers in the images sent to the other process at once: 1 GiB
 
 _CHOICES = dict(
     trainer=("train", "masked"),
-    model_type=("ViT", "Mixer"),
     augment=("crop_flip", "shift", "none"),
     augreg=tuple(LEVELS),
     decay_type=DECAYS,
@@ -78,7 +78,7 @@ _LEAST = dict(
     seed=0, total_steps=1, batch=1, batch_eval=1, accum_steps=1, shuffle_buffer=1, warmup_steps=0, eval_every=0, progress_every=0,
     checkpoint_every=0, prefetch=0, grad_norm_clip=0, base_lr=0, label_smoothing=0, mixup=0, cutmix=0, erasing=0, weight_decay=0,
     layer_decay=0, ema=0, rho=0, rho_min=0, gsam_alpha=0, steps_on_device=1, keep_checkpoints=2, train_sample=0, linear_end=0,
-    timescale=1, cooldown_steps=0, stochastic_depth_rate=0,
+    repeats=1, timescale=1, cooldown_steps=0, stochastic_depth_rate=0,
 )  # fmt: skip
 _MOST = dict(label_smoothing=1, erasing=1, layer_decay=1)
 _BELOW = dict(ema=1, stochastic_depth_rate=1)
@@ -128,6 +128,9 @@ def check_config(config):
     for key, allowed in _CHOICES.items():
         if config[key] not in allowed:
             raise errors.ConfigError(f"config.{key} must be one of {', '.join(map(repr, allowed))}, got {config[key]!r}.")
+    types = [name for name in zoo.FAMILIES if name != "Hybrid"]
+    if config.model_type not in types:
+        raise errors.ConfigError(f"config.model_type must be one of {', '.join(map(repr, types))}, got {config.model_type!r}.")
     for key, least in _LEAST.items():
         if config[key] is None or not config[key] >= least:
             raise errors.ConfigError(f"config.{key} must be at least {least}, got {config[key]}; pass --config.{key}=NUMBER.")
@@ -149,6 +152,11 @@ def check_config(config):
             f"config.batch must be a multiple of config.accum_steps, got {config.batch} and {config.accum_steps}; change either."
         )
     lr_rules(config)
+    if config.randaugment and (len(config.randaugment) != 3 or augreg_level(config.augreg)[0]):
+        raise errors.ConfigError(
+            f"config.randaugment must be (operations, magnitude, deviation) or (), got {tuple(config.randaugment)}, without a "
+            f"level of RandAugment beside it, got config.augreg={config.augreg!r}: these are two kinds of RandAugment."
+        )
     _check_distillation(config)
     if config.trainer == "masked":
         _check_masked(config)
@@ -250,7 +258,7 @@ def pretrained_file(config):
     """
     if not config.pretrained_dir:
         return None
-    if config.pretrained_dir.endswith(".npz"):
+    if config.pretrained_dir.endswith(CHECKPOINTS):
         path = os.path.expanduser(config.pretrained_dir)
         if "://" not in path and not os.path.isfile(path):
             raise errors.ConfigError(f"{path}: there is no such checkpoint; check --config.pretrained_dir.")
@@ -274,7 +282,7 @@ def build_model(config, classes):
     path = pretrained_file(config)
     shape = (config.pp.crop, config.pp.crop, 3)
     build, arguments = getattr(keras_vit, models.family(config)), models.arguments(config)
-    blocks = [f"block_{i}" for i in range(arguments["depth"])]
+    blocks = [f"block_{i}" for i in range(arguments["depth"])] if config.remat else []
     remat = keras.RematScope("list_of_layers", layer_names=blocks) if config.remat else contextlib.nullcontext()
     with remat:
         model = build(
@@ -351,7 +359,8 @@ def _train_batches(config, source, pixels, start=0, shard=(0, 1), targets=None):
     batches = pipeline.train_batches(
         source, size=config.pp.crop, batch=config.batch, pixels=pixels, seed=config.seed, shuffle_buffer=config.shuffle_buffer,
         augment=config.augment == "crop_flip", prefetch=config.prefetch, start=start * config.batch, shard=shard,
-        randaugment=(layers, magnitude) if layers else None, mixup=max(mixup, config.mixup), cutmix=config.cutmix,
+        randaugment=(layers, magnitude) if layers else None, repeats=config.repeats,
+        increasing=tuple(config.randaugment) or None, mixup=max(mixup, config.mixup), cutmix=config.cutmix,
         erasing=config.erasing, targets=targets,
     )  # fmt: skip
     if config.augment == "shift":
@@ -386,7 +395,8 @@ def train(config, workdir):
     place = strategy.open_strategy(config.strategy, model_axis=config.model_axis)
     place.check_precision(config.precision)
     place.check_batch(config.batch, config.accum_steps)
-    place.check_sizes(**{key: size for key, size in models.arguments(config).items() if key == "heads" or key.endswith("mlp")})
+    sizes = {key: size for key, size in models.arguments(config).items() if key == "heads" or key.endswith("mlp")}
+    place.check_sizes(**{key: size for key, size in sizes.items() if isinstance(size, int)})
     profile = callbacks.profile_steps(config.profile, config.total_steps)
     keras.utils.set_random_seed(config.seed)
     training, test = _sources(config)
@@ -590,8 +600,9 @@ def _resume(checkpoints, place, learner, about, config, source):
 def _blame(config, source, step):
     """Names the examples of the batch that follows so many steps."""
     examples = pipeline.positions(
-        source, seed=config.seed, start=step * config.batch, count=config.batch, shuffle_buffer=config.shuffle_buffer
-    )
+        source, seed=config.seed, start=step * config.batch, count=config.batch, shuffle_buffer=config.shuffle_buffer,
+        repeats=config.repeats, batch=config.batch,
+    )  # fmt: skip
     names = [example.path or str(example.index) for example in examples]
     return f"examples {', '.join(names[:_BLAMED])}" + (f" and {len(names) - _BLAMED} more" if len(names) > _BLAMED else "")
 

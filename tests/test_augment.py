@@ -257,3 +257,39 @@ def test_shifts_are_small_and_follow_from_seed_and_place_whoever_reads_them():
     parts = [[batch.numpy() for batch, _ in shifted(part, seed=1, shard=(worker, 4))] for worker in range(4)]
     for number, whole in enumerate((first, second)):
         np.testing.assert_array_equal(np.concatenate([batches[number] for batches in parts]), whole)
+
+
+@pytest.mark.parametrize("name", augment.INCREASING)
+def test_timms_operations_do_more_at_a_higher_level(name):
+    image, of = tf.constant(picture() // 2 + 30), augment.INCREASING[name]
+    least, most = (np.asarray(of(image, tf.constant(level), tf.constant(level))).astype(int) for level in (0.0, 1.0))
+    assert most.shape == image.shape and np.any(most != image)
+    if name not in ("AutoContrast", "Equalize", "Invert", "PosterizeIncreasing"):  # which have no level, or keep 4 bits at 0
+        assert np.abs(least - image.numpy()).max() <= 1 < np.abs(most - image.numpy()).max()
+
+
+def test_timms_bits_thresholds_and_factors():
+    ramp = tf.constant(np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, -1))
+    values = np.arange(256)
+
+    def at(name, level, sign=1):
+        return np.asarray(augment.INCREASING[name](ramp, tf.constant(level), tf.constant(level * sign)))[..., 0].ravel()
+
+    np.testing.assert_array_equal(at("PosterizeIncreasing", 0.0), values & 0xF0)
+    np.testing.assert_array_equal(at("PosterizeIncreasing", 0.9), values & 0x80)
+    np.testing.assert_array_equal(at("PosterizeIncreasing", 1.0), 0 * values)
+    np.testing.assert_array_equal(at("SolarizeIncreasing", 0.9), np.where(values < 256 - 230, values, 255 - values))
+    np.testing.assert_array_equal(at("SolarizeAdd", 0.9), np.where(values < 128, values + 99, values))
+    np.testing.assert_allclose(at("BrightnessIncreasing", 1.0, -1), values * 0.1, atol=1)
+    np.testing.assert_allclose(at("ContrastIncreasing", 0.5), np.clip(128 + (values - 128) * 1.45, 0, 255), atol=1)
+
+
+def test_increasing_randaugment_depends_on_its_seed_alone_and_leaves_a_quarter_as_they_are():
+    image = tf.constant(picture())
+    draw = tf.function(lambda seed: augment.increasing_randaugment(image, 2, 9.0, 0.5, seed), autograph=False)
+    found = [draw(tf.constant([0, number], tf.int64)).numpy() for number in range(60)]
+    np.testing.assert_array_equal(found[7], draw(tf.constant([0, 7], tf.int64)).numpy())
+    same = sum(np.array_equal(each, image) for each in found)
+    assert 5 <= same <= 27 and len({each.tobytes() for each in found}) > 30
+    with pytest.raises(ArgumentError, match="deviation must be a number from 0 to 10"):
+        augment.check_randaugment(2, 9.0, -1.0)

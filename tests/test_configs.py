@@ -11,7 +11,20 @@ import pytest
 import tensorflow as tf
 
 from keras_vit import console, errors, main
-from keras_vit.configs import gsam, inference_time, mlp_mixer_i1k, models, pretrain, sam, vit, vit_s16_i1k
+from keras_vit.configs import (
+    beit,
+    deit,
+    digits,
+    gsam,
+    inference_time,
+    mlp_mixer_i1k,
+    models,
+    poolformer,
+    pretrain,
+    sam,
+    vit,
+    vit_s16_i1k,
+)
 from keras_vit.data import pipeline
 from keras_vit.data.augment import LEVELS
 from keras_vit.data.pixels import Pixels
@@ -296,4 +309,55 @@ def test_the_models_own_keys_stay_the_originals():
     with config.unlocked():
         config.model.positions = "learned"
     with pytest.raises(errors.ConfigError, match="positions"):
+        models.arguments(config)
+
+
+def test_the_recipes_of_deit_poolformer_and_beit_have_their_authors_values():
+    config = deit.get_config("s16")
+    assert (config.batch, config.base_lr, config.repeats, config.ema) == (1024, 1e-3, 3, 0.99996)
+    assert (config.mixup, config.cutmix, config.erasing, config.label_smoothing) == (0.8, 1.0, 0.25, 0.1)
+    assert (config.total_steps, config.warmup_steps) == (300 * 1251, 5 * 1251)
+    assert config.weight_decay == pytest.approx(0.05 * config.base_lr) and config.grad_norm_clip == 0
+    assert tuple(config.randaugment) == (2, 9.0, 0.5) and models.arguments(config)["stochastic_depth_rate"] == 0.1
+    assert poolformer.DROP_PATH == {"S12": 0.1, "S24": 0.1, "S36": 0.2, "M36": 0.3, "M48": 0.4}
+    config = poolformer.get_config("s16")
+    assert (config.base_lr, config.repeats, config.ema, config.stochastic_depth_rate) == (1e-3, 1, 0.0, 0.1)
+    base, large = beit.get_config("BEiT_B16"), beit.get_config("BEiT_L16")
+    assert (base.base_lr, base.layer_decay, base.total_steps, base.warmup_steps) == (4e-3, 0.65, 100 * 1251, 20 * 1251)
+    assert (large.base_lr, large.layer_decay, large.total_steps, large.stochastic_depth_rate) == (1e-3, 0.75, 50 * 1251, 0.2)
+    for config in (base, large):
+        main.check_config(config)
+
+
+def test_a_recipe_of_timms_descendants_takes_a_step(tmp_path):
+    config = deit.get_config("BEiT_mu")
+    with config.unlocked():
+        config.pp = digits.get_config().pp
+    config.update(dict(dataset="digits", batch=6, accum_steps=1, total_steps=2, warmup_steps=1, eval_every=0, export=False))
+    config.pp.crop = 16
+    trained = main.train(config, tmp_path / "run")
+    assert trained.model.family == "BEiT" and trained.evaluation.examples == 360
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        (dict(randaugment=(2, 9.0)), "config.randaugment must be"),
+        (dict(randaugment=(2, 9.0, 0.5), augreg="light2"), "two kinds of RandAugment"),
+        (dict(repeats=0), "config.repeats must be at least 1"),
+        (dict(model_type="ResNet"), "config.model_type must be one of"),
+    ],
+)
+def test_a_recipe_that_cannot_be_is_refused(changes, expected):
+    config = digits.get_config()
+    config.update(changes)
+    with pytest.raises(errors.ConfigError, match=expected):
+        main.check_config(config)
+
+
+def test_another_familys_arguments_are_named_where_one_is_unknown():
+    config = deit.get_config("BEiT_mu")
+    with config.unlocked():
+        config.model.stem = "hmlp"
+    with pytest.raises(errors.ConfigError, match=r"a BEiT takes none of \['stem'\]"):
         models.arguments(config)

@@ -1020,3 +1020,24 @@ def test_a_tfds_data_set_that_cannot_be_prepared_says_where(tmp_path):
     with pytest.raises(DataError, match=r"could not download or prepare .*no route") as caught:
         open_source("keras_vit_offline", "train", data_dir=str(tmp_path))
     assert str(tmp_path) in str(caught.value)
+
+
+def test_repeated_augmentation_takes_each_image_so_many_times_each_time_anew():
+    source = open_source("digits", "test")
+    options = dict(seed=3, repeats=3, batch=12)
+    places = pipeline.positions(source, start=0, count=360, **options)
+    assert {place.epoch for place in places} == {0} and pipeline.positions(source, start=360, count=1, **options)[0].epoch == 1
+    indices = [place.index for place in places]
+    assert len(set(indices)) == 120 and all(indices.count(index) == 3 for index in set(indices))
+    assert indices[:4] == indices[4:8] == indices[8:12] and len(set(indices[:4])) == 4
+    ((images, labels),) = train_batches(source, size=8, **options).take(1)
+    images = images.numpy().reshape(3, 4, -1)
+    assert np.all(np.any(images[0] != images[1], -1)) and np.all(np.any(images[1] != images[2], -1))
+    np.testing.assert_array_equal(labels[:4], labels[8:])
+    ((later, _),) = train_batches(source, size=8, start=12, **options).take(1)
+    (*_, (second, _)) = train_batches(source, size=8, **options).take(2)
+    np.testing.assert_array_equal(later, second)
+    halves = [next(iter(train_batches(source, size=8, shard=(worker, 2), **options)))[0] for worker in (0, 1)]
+    np.testing.assert_array_equal(np.concatenate(halves), images.reshape(12, 8, 8, 3))
+    once, (first, _) = next(iter(train_batches(source, size=8, seed=3, batch=4)))[0], (images[0], None)
+    np.testing.assert_array_equal(once, first.reshape(4, 8, 8, 3))

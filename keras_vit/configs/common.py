@@ -73,6 +73,10 @@ def get_config():
     config.augment = "crop_flip"
     # RandAugment and Mixup as a level of AugReg: 'none', 'light1', 'light2', 'medium1', 'medium2', 'strong1', 'strong2'.
     config.augreg = "none"
+    # Instead of a level, timm's RandAugment: (operations, magnitude, its standard deviation), such as (2, 9.0, 0.5); () for none.
+    config.randaugment = ()
+    # How many times in a row an image of an epoch is taken, each time augmented anew; an epoch has as many examples as before.
+    config.repeats = 1
     # Instead of a level, or beyond it: Mixup's and CutMix's alpha, and the probability of random erasing.
     config.mixup = 0.0
     config.cutmix = 0.0

@@ -1,7 +1,7 @@
 r"""Pre-trains a ViT on images without labels, by guessing hidden patches (BEiT, arXiv 2106.08254): `mim.py:MODEL,DATASET`.
 
 python -m keras_vit.main --workdir=/tmp/mim --config=keras_vit/configs/mim.py:b16,imagenet2012 --config.tfds_data_dir=/data
-python -m keras_vit.main --workdir=/tmp/tuned --config=keras_vit/configs/beit.py:b16,imagenet2012 \
+python -m keras_vit.main --workdir=/tmp/tuned --config=keras_vit/configs/beit.py:b16 \
     --config.pretrained_dir=/tmp/mim/model.npz --config.tfds_data_dir=/data
 
 MODEL is a name of vit.py that cuts images into patches; DATASET `digits`, a folder {train,test}/<class>/<image> (one class will

@@ -37,9 +37,13 @@ def model_config(model_name, family="ViT", **given):
 
     Args:
         model_name: that of its checkpoint, without ".npz".
-        family: a key of `FIELDS`.
+        family: a key of `FIELDS`, or another family, whose configuration has `given` under the builder's own names.
         given: arguments of the family's builder; others have its defaults.
     """
+    if family not in FIELDS:
+        return ml_collections.ConfigDict(
+            {"model_name": model_name, **{name: placeholder(int) if value is None else value for name, value in given.items()}}
+        )
     values = {name: parameter.default for name, parameter in inspect.signature(getattr(keras_vit, family)).parameters.items()}
     values |= given
     patch = values["patch_size"]
@@ -66,7 +70,10 @@ def arguments(config):
     Raises:
         errors.ConfigError: it lacks keys of its family, or has others.
     """
-    found, fields = dict(_flattened(config.model)), FIELDS[family(config)]
+    name = family(config)
+    if name not in FIELDS:
+        return _own_arguments(config, name)
+    found, fields = dict(_flattened(config.model)), FIELDS[name]
     found.pop("model_name", None)
     more = {key: found.pop(key) for key in MORE.get(family(config), ()) if key in found}
     if set(found) != set(fields):
@@ -76,6 +83,19 @@ def arguments(config):
         )
     more["stochastic_depth_rate"] = config.stochastic_depth_rate
     return {argument: found[key] for key, argument in fields.items()} | more
+
+
+def _own_arguments(config, name):
+    """As `arguments`, of a family that the original's keys do not know."""
+    known = inspect.signature(getattr(keras_vit, name)).parameters
+    found = {key: value for key, value in config.model.items() if key != "model_name"}
+    if config.stochastic_depth_rate or "stochastic_depth_rate" in known:
+        found["stochastic_depth_rate"] = config.stochastic_depth_rate
+    if set(found) - set(known):
+        raise errors.ConfigError(
+            f"config.model: a {name} takes none of {sorted(set(found) - set(known))}; its arguments are {', '.join(known)}."
+        )
+    return found
 
 
 def _flattened(config, prefix=""):
@@ -88,7 +108,7 @@ def _flattened(config, prefix=""):
 
 def use_row(config, row):
     """Sets `model_type` and `model` of a configuration to a row of the registry, called as the original calls it."""
-    config.model_type = "Mixer" if row.family.name == "Mixer" else "ViT"
+    config.model_type = "ViT" if row.family.name == "Hybrid" else row.family.name
     config.model = model_config(next(iter(row.upstream), row.name), row.family.name, **row.arguments)
 
 
@@ -114,7 +134,7 @@ def rows():
     """
     found = {}
     for row in zoo.VARIANTS.values():
-        if set(row.arguments) <= set(FIELDS.get(row.family.name, {}).values()):
+        if row.family.name not in FIELDS or set(row.arguments) <= set(FIELDS[row.family.name].values()):
             for upstream in row.upstream:
                 key = upstream.replace("ViT-", "").replace("+", "_").replace("-", "_").lower()
                 found |= {re.sub(r"_(?=\d)", "", key): row, upstream: row}

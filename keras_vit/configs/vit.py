@@ -17,7 +17,9 @@ def get_config(model_dataset=""):
     if not dataset:
         raise errors.ConfigError(f"vit.py expects MODEL,DATASET as in vit.py:b16,cifar10, got {model_dataset!r}.")
     row = models.find_row(model, models.rows())
-    config = common.with_dataset(common.get_config(), dataset, resolution=row.resolution, patch=row.arguments["patch_size"])
+    config = common.with_dataset(
+        common.get_config(), dataset, resolution=row.resolution, patch=row.arguments.get("patch_size", 1)
+    )
     with config.unlocked():
         models.use_row(config, row)
         if config.model_type == "Mixer":

@@ -8,6 +8,7 @@ RandAugment is that of google-research/big_vision (`pp/archive/autoaugment.py`, 
 There `rotate`, `translate` and `transform` are tensorflow-addons', here they are TensorFlow's own projective transform.
 """
 
+import functools
 import math
 from numbers import Real
 
@@ -239,8 +240,85 @@ def _one_of_all(image, magnitude, seed):
     return tf.ensure_shape(tf.switch_case(tf.cast(which * len(branches), tf.int32), branches), image.shape)
 
 
-def check_randaugment(layers, magnitude):
-    """Refuses numbers that `randaugment` cannot use, with an `ArgumentError`."""
+def increasing_randaugment(image, layers, magnitude, deviation, seed):
+    """uint8 (h, w, 3) -> the same: RandAugment as timm has it, whose operations all grow with the magnitude ("inc1").
+
+    `layers` operations in a row, each one of `INCREASING`, made with probability 1/2 at a magnitude of its own: normal around
+    `magnitude` with that deviation, cut to 0..10. DeiT, BEiT and PoolFormer train with "rand-m9-mstd0.5-inc1", 2 operations at 9
+    with deviation 0.5. (timm moves pixels by bilinear or bicubic interpolation, at random, and fills with the mean colour; here
+    it is the nearest neighbour, and 128.)
+
+    Args:
+        image: before the normalisation.
+        layers: how many; 0 for none. magnitude: 0 to 10. deviation: of the magnitude, 0 for none.
+        seed: two integers.
+    """
+    for layer in range(layers):
+        seeds = tf.random.split(tf.random.experimental.stateless_fold_in(seed, layer), 2)
+        which, sign, made = tf.unstack(tf.random.stateless_uniform([3], seeds[0]))
+        drawn = magnitude + deviation * tf.random.stateless_normal([], seeds[1])
+        image = tf.cond(made < 0.5, functools.partial(_one_increasing, image, drawn, which, sign), lambda image=image: image)
+    return image
+
+
+def _one_increasing(image, magnitude, which, sign):
+    level = tf.clip_by_value(magnitude, 0.0, 10.0) / 10
+    signed = tf.where(sign < 0.5, level, -level)
+    branches = [functools.partial(operation, image, level, signed) for operation in INCREASING.values()]
+    return tf.ensure_shape(tf.switch_case(tf.cast(which * len(branches), tf.int32), branches), image.shape)
+
+
+def _around_the_mean(image, factor):
+    """(h, w, 3) -> the same: away from the mean of its gray over itself, as Pillow's contrast."""
+    gray = tf.cast(tf.image.rgb_to_grayscale(image), tf.float32)
+    return _blended(tf.cast(tf.reduce_mean(gray) + 0.5, tf.uint8), image, factor)
+
+
+def _keeping_bits(image, bits):
+    """(h, w, 3) -> the same: keeps the highest `bits` of 8, a tensor; with 0 it is black."""
+    return tf.bitwise.bitwise_and(image, tf.cast(256 - tf.bitwise.left_shift(1, 8 - bits), tf.uint8))
+
+
+def _grown(level, most):
+    return tf.cast(level * most, tf.int32)
+
+
+def _stronger(signed):
+    return tf.maximum(0.1, 1 + 0.9 * signed)
+
+
+def _side(image, axis):
+    return tf.cast(tf.shape(image)[axis], tf.float32)
+
+
+# timm's operations with its arguments: (image, level from 0 to 1, the same with a random sign) -> image
+INCREASING = {
+    "AutoContrast": lambda image, level, signed: auto_contrast(image),
+    "Equalize": lambda image, level, signed: equalize(image),
+    "Invert": lambda image, level, signed: invert(image),
+    "Rotate": lambda image, level, signed: rotate(image, 30.0 * signed),
+    "PosterizeIncreasing": lambda image, level, signed: _keeping_bits(image, 4 - _grown(level, 4)),
+    "SolarizeIncreasing": lambda image, level, signed: tf.where(
+        tf.cast(image, tf.int32) < 256 - _grown(level, 256), image, invert(image)
+    ),
+    "SolarizeAdd": lambda image, level, signed: tf.where(
+        image < 128, tf.cast(tf.minimum(tf.cast(image, tf.int32) + _grown(level, 110), 255), tf.uint8), image
+    ),
+    "ColorIncreasing": lambda image, level, signed: color(image, _stronger(signed)),
+    "ContrastIncreasing": lambda image, level, signed: _around_the_mean(image, _stronger(signed)),
+    "BrightnessIncreasing": lambda image, level, signed: brightness(image, _stronger(signed)),
+    "SharpnessIncreasing": lambda image, level, signed: sharpness(image, _stronger(signed)),
+    "ShearX": lambda image, level, signed: shear_x(image, 0.3 * signed),
+    "ShearY": lambda image, level, signed: shear_y(image, 0.3 * signed),
+    "TranslateXRel": lambda image, level, signed: translate_x(image, 0.45 * signed * _side(image, 1)),
+    "TranslateYRel": lambda image, level, signed: translate_y(image, 0.45 * signed * _side(image, 0)),
+}
+
+
+def check_randaugment(layers, magnitude, deviation=0.0):
+    """Refuses numbers that `randaugment` or `increasing_randaugment` cannot use, with an `ArgumentError`."""
+    if isinstance(deviation, bool) or not isinstance(deviation, Real) or not 0 <= deviation <= 10:
+        raise ArgumentError(f"randaugment: the magnitude's deviation must be a number from 0 to 10, got {deviation!r}.")
     if isinstance(layers, bool) or not isinstance(layers, int) or not 0 <= layers <= 16:
         raise ArgumentError(f"randaugment: layers must be a whole number from 0 to 16, got {layers!r}.")
     if isinstance(magnitude, bool) or not isinstance(magnitude, Real) or not 0 <= magnitude <= 100:

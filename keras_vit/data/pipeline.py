@@ -228,6 +228,8 @@ def train_batches(
     shuffle_buffer=50_000,
     augment=True,
     randaugment=None,
+    increasing=None,
+    repeats=1,
     erasing=0.0,
     mixup=0.0,
     cutmix=0.0,
@@ -253,6 +255,10 @@ def train_batches(
             and horizontal flip with probability 1/2; False for the images of `eval_batches`.
         randaugment: (layers, magnitude) of `augment.randaugment`, after the flip; the resized image becomes uint8 for it, as in
             big_vision's "inception_crop|flip_lr|randaug|value_range". None, or 0 layers, for none.
+        increasing: (operations, magnitude, deviation) of `augment.increasing_randaugment`, likewise, or None.
+        repeats: how many times each image of an epoch is taken, augmented anew each time; an epoch, of as many examples as ever,
+            then has so many times fewer images ("repeated augmentation", Hoffer et al., arXiv 1901.09335, as DeiT has it). The
+            copies are a `repeats`-th of the batch apart, so that a batch has all of most images, none beside another.
         erasing: probability of `augment.random_erasing` with normal noise, after the normalisation.
         mixup: alpha of `augment.mix`; each example is mixed with the one before it in the global batch. 0 for none.
         cutmix: alpha of CutMix, likewise; where both are above 0, each has half of the batches.
@@ -280,6 +286,11 @@ def train_batches(
         raise ArgumentError("targets of single images cannot be mixed: set mixup and cutmix to 0, or leave targets out.")
     worker, share = _share(shard, batch)
     rows_of = [] if targets is None else [tf.constant(targets, tf.float32)]
+    _whole_numbers(1, repeats=repeats)
+    if increasing:
+        augmentation.check_randaugment(*increasing)
+    if randaugment and increasing:
+        raise ArgumentError("randaugment and increasing are two kinds of RandAugment; leave one of them out.")
     layers, magnitude = randaugment or (0, 0)
     augmentation.check_randaugment(layers, magnitude)
 
@@ -293,12 +304,14 @@ def train_batches(
         else:
             image, flip = _decoded(content), None
         image = _resize(image, size, pixels) if augment else _fit(image, size, pixels)
-        if layers:
+        if layers or increasing:
             image = tf.saturate_cast(image, tf.uint8)
         if flip is not None:
             image = _flipped(image, flip)
         if layers:
             image = augmentation.randaugment(image, layers, magnitude, _fold_in(key, RANDAUGMENT))
+        if increasing:
+            image = augmentation.increasing_randaugment(image, *increasing, _fold_in(key, RANDAUGMENT))
         image = pixels.normalize(image)
         if erasing:
             image = augmentation.random_erasing(image, _fold_in(key, ERASING), erasing)
@@ -307,7 +320,7 @@ def train_batches(
     mixing = mixup > 0 or cutmix > 0
     places = list(range(worker * share, (worker + 1) * share))
     before = [(places[0] - 1) % batch] if mixing and share < batch else []  # whom the first of them is mixed with
-    data = _stream(source, seed, shuffle_buffer, start)
+    data = _stream(source, seed, shuffle_buffer, start, repeats, batch)
     if share < batch:
         rows = tf.constant(before + places)
         whole = data.batch(batch, drop_remainder=True)
@@ -329,17 +342,19 @@ def train_batches(
     return data.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY)).prefetch(prefetch)
 
 
-def positions(source, *, seed, start, count, shuffle_buffer=50_000):
+def positions(source, *, seed, start, count, shuffle_buffer=50_000, repeats=1, batch=None):
     """What stands at places `start` to `start + count - 1` of the stream of `train_batches`: a list of `Example`.
 
     Nothing is decoded. A batch of `batch` examples after `step` steps is `start=step * batch, count=batch`.
 
-    Args and errors are those of `train_batches`, with the same `seed` and `shuffle_buffer` as there.
+    Args and errors are those of `train_batches`, with the same `seed` and `shuffle_buffer` as there; `batch` is needed with
+    `repeats` only.
     """
     _whole_numbers(1, count=count, shuffle_buffer=shuffle_buffer)
     _whole_numbers(0, start=start)
     _whole_numbers(-(2**63), seed=seed)
-    data = _stream(source, seed, shuffle_buffer, start).map(lambda epoch, numbered: (epoch[0], numbered[0])).take(count)
+    data = _stream(source, seed, shuffle_buffer, start, repeats, batch).take(count)
+    data = data.map(lambda epoch, numbered: (epoch[0], numbered[0]))
     places = [(int(epoch), int(index)) for epoch, index in data.as_numpy_iterator()]
     return [
         Example(start + offset, epoch, index, source.paths[index] if source.paths else None)
@@ -347,14 +362,26 @@ def positions(source, *, seed, start, count, shuffle_buffer=50_000):
     ]
 
 
-def _stream(source, seed, shuffle_buffer, start):
+def _stream(source, seed, shuffle_buffer, start, repeats=1, batch=None):
     """The examples from place `start` on, endless: (epoch, its number for draws), (number in the source, what `read` takes)."""
 
     def one_epoch(epoch):
         order, key = (_fold_in(tf.constant([seed, stream], tf.int64), epoch) for stream in (ORDER, AUGMENT))
         draws = tf.random.stateless_uniform([], key, None, None, tf.int64)
-        epochs = tf.data.Dataset.from_tensors((epoch, draws)).repeat()
-        return tf.data.Dataset.zip(epochs, source.shuffled(order, shuffle_buffer))
+        examples = source.shuffled(order, shuffle_buffer)
+        if repeats == 1:
+            return tf.data.Dataset.zip(tf.data.Dataset.from_tensors((epoch, draws)).repeat(), examples)
+
+        def copies(*chunk):
+            def copy(nth):
+                again = tf.where(nth == 0, draws, tf.random.stateless_uniform([], _fold_in(key, nth), None, None, tf.int64))
+                epochs = tf.data.Dataset.from_tensors((epoch, again)).repeat()
+                return tf.data.Dataset.zip(epochs, tf.data.Dataset.from_tensor_slices(chunk))
+
+            return tf.data.Dataset.range(repeats).flat_map(copy)
+
+        examples = examples.batch(max(1, batch // repeats)).flat_map(copies)
+        return examples.take(source.num_examples) if source.num_examples else examples
 
     epochs, examples = divmod(start, source.num_examples) if source.num_examples else (0, start)
     return tf.data.Dataset.counter(epochs).flat_map(one_epoch).skip(examples)

@@ -68,7 +68,8 @@ def _tensorflow_differentiated(function, weights):
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(weights)
         loss, rest = function(weights)
-    return loss, rest, tape.gradient(loss, weights, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+    gradients = tape.gradient(loss, weights, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+    return loss, rest, [tf.convert_to_tensor(gradient) for gradient in gradients]  # that of a gathered table is sparse
 
 
 def _jax_differentiated(function, weights):
