@@ -72,7 +72,7 @@ class Turned(Whole):
 
     Args:
         axes: the weight's axes in the file's order.
-        merged: how many of them each axis of the file holds; () for one each.
+        merged: how many of them each axis of the file holds, 0 for an axis of length 1; () for one each.
         part: what of the weight the file's array holds, `Whole` or a `Part`.
     """
 
@@ -101,11 +101,11 @@ class Turned(Whole):
         return tuple(sides)
 
     def weight_shape(self, shape):
-        groups, at = [], 0
-        for count in self.merged or (1,) * len(self.axes):
-            groups.append(min(self.axes[at : at + count]))
+        sides, at = [], 0
+        for side, count in zip(shape, self.merged or (1,) * len(self.axes)):
+            sides += [(min(self.axes[at : at + count]), side)] if count else []
             at += count
-        return tuple(side for _, side in sorted(zip(groups, shape)))
+        return tuple(side for _, side in sorted(sides))
 
     def place(self, array, weight):
         back = tuple(sorted(range(len(self.axes)), key=self.axes.__getitem__))
