@@ -7,7 +7,7 @@ The backend is Keras's own choice: `KERAS_BACKEND=jax python -m benchmarks.parit
 """
 
 import fnmatch
-import importlib
+import importlib.util
 import json
 import pathlib
 import re
@@ -146,7 +146,7 @@ def checkpoint(case):
 def round_trip(case, model, checkpoint):
     """Loading and saving gives the checkpoint's keys and bits again."""
     with tempfile.TemporaryDirectory() as folder:
-        path = pathlib.Path(folder, "again.npz")
+        path = pathlib.Path(folder, checkpoint.name)  # in the same format
         keras_vit.save_npz(model, path)
         first, again = open_file(checkpoint), open_file(path)
         if first.entries != again.entries:
@@ -250,6 +250,8 @@ def run_vit_resize(case):
 def run_preprocess(case):
     from keras_vit.data import ops, pipeline
 
+    if "items" not in case.meta:
+        raise Unknown("preprocessing of texts")
     if all(set(item) == {"name", "size"} for item in case.meta["items"]):
         for item in case.meta["items"]:
             image = pipeline.eval_image(case.inputs[item["name"]], item["size"], Pixels())
@@ -497,13 +499,7 @@ def _big_vision_logits(config, shape):
     return build_big_vision(keras_vit.ViT, options, shape, style="big_vision", classifier_activation=None)
 
 
-def own_file(family):
-    """The runner of a family that has a file of its own, which itself needs this one."""
-    return lambda case: getattr(importlib.import_module(f"benchmarks.parity_{family}"), f"run_{family}")(case)
-
-
 RUNNERS = {
-    "beit": own_file("beit"),
     "vit": run_vit,
     "vit_resize": run_vit_resize,
     "bigvision_vit": run_bigvision_vit,
@@ -516,8 +512,17 @@ RUNNERS = {
     "sam_gsam": run_sam_gsam,
     "adafactor": run_adafactor,
     "deit_loss": parity_objectives.run_deit_loss,
-    "cct": own_file("cct"),
 }
+
+
+def runner(family):
+    """What runs a case of a family: one of `RUNNERS`, else `run_FAMILY` of the file benchmarks/parity_FAMILY.py."""
+    if family in RUNNERS:
+        return RUNNERS[family]
+    module = f"benchmarks.parity_{family}"
+    if not re.fullmatch("[a-z0-9_]+", family) or importlib.util.find_spec(module) is None:
+        raise Unknown(f"family {family!r}")
+    return getattr(importlib.import_module(module), f"run_{family}")
 
 
 def run(folder):
@@ -528,9 +533,7 @@ def run(folder):
         print(f"{folder}  MISS not a case: {type(error).__name__}: {error}")
         return False
     try:
-        if case.family not in RUNNERS:
-            raise Unknown(f"family {case.family!r}")
-        for missed in set(RUNNERS[case.family](case)) - case.compared:
+        for missed in set(runner(case.family)(case)) - case.compared:
             if not case.skipped(missed):
                 case.problems.append(f"{missed}: a final output that was not compared")
     except Unknown as error:

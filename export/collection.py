@@ -9,6 +9,7 @@ Collections, of which several may lie in one folder:
     hybrid       the first hybrids
     mixer        MLP-Mixer, with those of SAM and GSAM
     mu           all toys with random weights: no network
+    FAMILY       any other family of the registry, by its name in small letters: each of its files, likewise
 
 A module is called `<variant>_classification` or `<variant>_fe`, with the name of its weights between where they are not the
 recommended ones. Checkpoints with an all-zero head (the original imagenet21k files) only become feature vectors. The folder gets
@@ -64,7 +65,9 @@ TAGS = {  # collection -> (family, {tag: (what it puts into the name, tasks)})
         },
     ),
 }
-COLLECTIONS = ("recommended", *TAGS, "mu")
+OTHERS = {name.lower(): name for name in zoo.FAMILIES if name not in {family for family, _ in TAGS.values()}}
+COLLECTIONS = ("recommended", *TAGS, "mu", *OTHERS)
+DEFAULT = ("recommended", "hybrid", "mixer")
 INDEX, CARD, LOCK = "index.json", "collection.md", ".lock"
 FAILURES = (errors.KerasViTError, OSError, tf.errors.OpError, ValueError, RuntimeError, MemoryError)
 
@@ -98,6 +101,10 @@ def _chosen(collection, row):
         picks |= {pick.file: CLASSIFICATION for pick in augreg.RECOMMENDED.values()}
         named = {tag: Path(record.source).stem for tag, record in row.weights.items() if "/augreg/" in record.source}
         return [(tag, "", picks[name]) for tag, name in named.items() if name in picks]
+    if collection in OTHERS:
+        files = row.weights if row.family.name == OTHERS[collection] else {}
+        tasks = {tag: [FEATURES] if record.classes is None else [CLASSIFICATION, FEATURES] for tag, record in files.items()}
+        return [(tag, re.sub("[^a-z0-9]+", "_", tag.lower()) + "_", task) for tag in files for task in tasks[tag]]
     family, tags = TAGS[collection]
     wanted = tags if row.family.name == family else {}
     return [(tag, inside, task) for tag, (inside, tasks) in wanted.items() if tag in row.weights for task in tasks]
@@ -224,7 +231,7 @@ def main(argv=None):
     )
     parser.add_argument("--out", required=True, type=Path, help="folder of the collection")
     parser.add_argument(
-        "--collection", choices=COLLECTIONS, action="append", help="may be given several times; default: all but original and mu"
+        "--collection", choices=COLLECTIONS, action="append", help=f"may be given several times; default: {', '.join(DEFAULT)}"
     )
     parser.add_argument("--only", default="*", metavar="PATTERN", help="only modules whose names match")
     parser.add_argument("--publisher", default="keras-vit", help="lowercase letters, digits and hyphens (default: %(default)s)")
@@ -235,7 +242,7 @@ def main(argv=None):
     for flag in ("publisher", "name"):
         if not re.fullmatch("[a-z0-9][a-z0-9-]*", getattr(options, flag)):
             parser.error(f"--{flag} must be of lowercase letters, digits and hyphens, got {getattr(options, flag)!r}")
-    chosen = options.collection or ["recommended", "hybrid", "mixer"]
+    chosen = options.collection or DEFAULT
     known = [item for collection in dict.fromkeys(chosen) for item in items(collection)]
     wanted = [item for item in known if fnmatch.fnmatchcase(item.name, options.only)]
     if not wanted:

@@ -128,7 +128,7 @@ def list_(args):
         )
     document = [
         dict(
-            name=row.name, family=row.family.name, upstream=row.upstream, parameters=row.params, macs=row.macs,
+            name=row.name, family=row.family.name, upstream=list(row.upstream), parameters=row.params, macs=row.macs,
             resolution=row.resolution, imagenet=row.imagenet(224),
             weights={tag: dict(source=record.source, size=record.size) for tag, record in row.weights.items()},
         )

@@ -2,14 +2,21 @@
 
 Each entry of FILES is (path below gs:// without .npz, or a whole URL, model, side of its images, classes or None, width of
 `pre_logits` or None, MiB or None).
-Paths and sizes: listings in google-research/vision_transformer (vit_jax.ipynb, README.md) and google-research/big_vision;
-of Compact Transformers in README.md and examples/README.md of SHI-Labs/Compact-Transformers.
+Paths and sizes: listings in google-research/vision_transformer (vit_jax.ipynb, README.md) and google-research/big_vision; of
+Compact Transformers in README.md and examples/README.md of SHI-Labs/Compact-Transformers; of facebookresearch/deit in its
+README_*.md and models; of PoolFormers in README.md and models/metaformer.py of sail-sg/poolformer.
 """
 
 # width, depth, heads, hidden width of the MLP
 SIZES = {
     "Ti": (192, 12, 3, 768), "S": (384, 12, 6, 1536), "B": (768, 12, 12, 3072), "L": (1024, 24, 16, 4096),
-    "H": (1280, 32, 16, 5120), "So400m": (1152, 27, 16, 4304), "g-opt": (1536, 40, 16, 6144),
+    "H": (1280, 32, 16, 5120), "M": (512, 12, 8, 2048), "So400m": (1152, 27, 16, 4304), "g-opt": (1536, 40, 16, 6144),
+}  # fmt: skip
+# blocks in each stage, channels
+POOLFORMERS = {
+    "S12": ((2, 2, 6, 2), (64, 128, 320, 512)), "S24": ((4, 4, 12, 4), (64, 128, 320, 512)),
+    "S36": ((6, 6, 18, 6), (64, 128, 320, 512)), "M36": ((6, 6, 18, 6), (96, 192, 384, 768)),
+    "M48": ((8, 8, 24, 8), (96, 192, 384, 768)),
 }  # fmt: skip
 # units in each stage
 STEMS = {"R": (), "R26": (2, 2, 2, 2), "R50B": (3, 4, 9), "R50": (3, 4, 6, 3)}
@@ -19,7 +26,7 @@ MIXERS = {"S": (512, 8, 256, 2048), "B": (768, 12, 384, 3072), "L": (1024, 24, 5
 # width, depth, hidden width of the MLP
 COMPACT = {2: (128, 2, 128), 4: (128, 4, 128), 6: (256, 6, 512), 7: (256, 7, 512), 14: (384, 14, 1152)}
 
-_21K = 21_843
+_21K, _DEIT = 21_843, "https://dl.fbaipublicfiles.com/deit"
 _AUGREG = [  # model, file, MiB, fine-tuned at 384, fine-tuned at 224
     ("L/16", "L_16-i21k-300ep-lr_0.001-aug_strong1-wd_0.1-do_0.0-sd_0.0", 1243, "lr_0.01"),
     ("B/16", "B_16-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.0-sd_0.0", 391, "lr_0.03"),
@@ -113,6 +120,30 @@ FILES = [
         ("pretrained/cct_7_7x2_224_flowers102", "7/7x2", 224, 102), ("pretrained/cct_14_7x2_224_imagenet", "14/7x2", 224, 1000),
         ("finetuned/cct_14_7x2_384_imagenet", "14/7x2", 384, 1000), ("finetuned/cct_14_7x2_384_flowers102", "14/7x2", 384, 102),
       ]],
+    *[(f"{_DEIT}/deit_{file}.pth", f"DeiT {model}", side, 1000, None, None) for file, model, side in [
+        ("tiny_patch16_224-a1311bcf", "Ti/16", 224), ("small_patch16_224-cd65a155", "S/16", 224),
+        ("base_patch16_224-b5f2ef4d", "B/16", 224), ("base_patch16_384-8de9b5d1", "B/16", 384),
+        ("tiny_distilled_patch16_224-b40b3cf7", "distilled Ti/16", 224),
+        ("small_distilled_patch16_224-649709d9", "distilled S/16", 224),
+        ("base_distilled_patch16_224-df68dfff", "distilled B/16", 224),
+        ("base_distilled_patch16_384-d0272ac0", "distilled B/16", 384),
+        *[(f"3_{name}_{side}_{data}", f"III {size}/16", side) for name, size, sides in [
+            ("small", "S", (224, 384)), ("medium", "M", (224,)), ("base", "B", (224, 384)), ("large", "L", (224, 384)),
+          ] for side in sides for data in ("1k", "21k")],
+        ("3_huge_224_1k", "III H/14", 224), ("3_huge_224_21k_v1", "III H/14", 224),
+    ]],
+    *[(f"{_DEIT}/{file}_{kind}.pth", f"ResMLP {model}", 224, 1000, None, None) for file, model, kinds in [
+        ("resmlp_12", "S/12", ("no_dist", "dist", "dino")), ("resmlp_24", "S/24", ("no_dist", "dist", "dino")),
+        ("resmlp_36", "S/36", ("no_dist", "dist")), ("resmlpB_24", "B/24", ("no_dist", "dist", "22k")),
+    ] for kind in kinds],
+    *[(f"{_DEIT}/{model}_{side}.pth", f"CaiT {model}", side, 1000, None, None) for model, sides in {
+        "XXS24": (224, 384), "XXS36": (224, 384), "XS24": (384,), "S24": (224, 384), "S36": (384,), "M36": (384,), "M48": (448,),
+    }.items() for side in sides],
+    *[(f"https://github.com/sail-sg/poolformer/releases/download/v1.0/{file}.pth.tar", model, 224, 1000, None, None)
+      for file, model in {
+        **{f"poolformer_{size.lower()}": f"PoolFormer {size}" for size in POOLFORMERS}, "metaformer_id_s12": "PoolFormer S12",
+        **{f"metaformer_{mixers}_s12_224": f"PoolFormer S12 {mixers}" for mixers in ("pppa", "ppaa", "pppf", "ppff")},
+      }.items()],
 ]  # fmt: skip
 
 
@@ -215,10 +246,98 @@ def _compact(kind, size, side, classes):
     return found | _torch_norm("classifier.norm", width) | _linear("classifier.fc", width, classes)
 
 
+def _torch_block(name, width, hidden):
+    found = _torch_norm(f"{name}.norm1", width) | _torch_norm(f"{name}.norm2", width)
+    found |= _linear(f"{name}.attn.qkv", width, 3 * width) | _linear(f"{name}.attn.proj", width, width)
+    return found | _linear(f"{name}.mlp.fc1", width, hidden) | _linear(f"{name}.mlp.fc2", hidden, width)
+
+
+def _deit(kind, name, side, classes):
+    size, patch = name.split("/")[0], int(name.split("/")[1])
+    width, depth, _, hidden = SIZES[size]
+    found = {"cls_token": (1, 1, width), "patch_embed.proj.weight": (width, 3, patch, patch), "patch_embed.proj.bias": (width,)}
+    rows = {"plain": 1, "distilled": 2, "III": 0}[kind]
+    found["pos_embed"] = (1, (side // patch) ** 2 + rows, width)
+    for block in (f"blocks.{i}" for i in range(depth)):
+        found |= _torch_block(block, width, hidden)
+        if kind == "III":
+            found |= {f"{block}.gamma_{branch}": (width,) for branch in (1, 2)}
+    found |= _torch_norm("norm", width) | _linear("head", width, classes)
+    if kind == "distilled":
+        found |= {"dist_token": (1, 1, width), **_linear("head_dist", width, classes)}
+    return {f"model/{name}": shape for name, shape in found.items()}
+
+
+def _resmlp(size, depth, side, classes):
+    width, patch = {"S": (384, 16), "B": (768, 8)}[size]
+    tokens, found = (side // patch) ** 2, {}
+    found = {"patch_embed.proj.weight": (width, 3, patch, patch), "patch_embed.proj.bias": (width,)}
+    for block in (f"blocks.{i}" for i in range(int(depth))):
+        found |= {f"{block}.{name}": (width,) for name in ("gamma_1", "gamma_2")}
+        found |= {f"{block}.{name}": (width,) for name in ("norm1.alpha", "norm1.beta", "norm2.alpha", "norm2.beta")}
+        found |= _linear(f"{block}.attn", tokens, tokens)
+        found |= _linear(f"{block}.mlp.fc1", width, 4 * width) | _linear(f"{block}.mlp.fc2", 4 * width, width)
+    return found | {"norm.alpha": (width,), "norm.beta": (width,), **_linear("head", width, classes)}
+
+
+def _cait(size, side, classes):
+    width, heads = {"XXS": (192, 4), "XS": (288, 6), "S": (384, 8), "M": (768, 16)}[size[:-2]]
+    found = {"cls_token": (1, 1, width), "patch_embed.proj.weight": (width, 3, 16, 16), "patch_embed.proj.bias": (width,)}
+    found["pos_embed"] = (1, (side // 16) ** 2, width)
+    for block in (f"blocks.{i}" for i in range(int(size[-2:]))):
+        found |= _torch_block(block, width, 4 * width) | {f"{block}.gamma_{branch}": (width,) for branch in (1, 2)}
+        found |= _linear(f"{block}.attn.proj_l", heads, heads) | _linear(f"{block}.attn.proj_w", heads, heads)
+    for block in (f"blocks_token_only.{i}" for i in range(2)):
+        whole = _torch_block(block, width, 4 * width) | {f"{block}.gamma_{branch}": (width,) for branch in (1, 2)}
+        found |= {name: shape for name, shape in whole.items() if ".qkv." not in name}
+        for name in "qkv":
+            found |= _linear(f"{block}.attn.{name}", width, width)
+    found |= _torch_norm("norm", width) | _linear("head", width, classes)
+    return {f"model/module.{name}": shape for name, shape in found.items()}
+
+
+def _poolformer(size, classes, mixers="pppp"):
+    """Of a letter for each stage's mixer: pooling, attention or fully connected; attention has positions where it begins."""
+    depths, widths = POOLFORMERS[size]
+    found = {"patch_embed.proj.weight": (widths[0], 3, 7, 7), "patch_embed.proj.bias": widths[:1]}
+    at = 0
+    for stage, (depth, width, mixer) in enumerate(zip(depths, widths, mixers)):
+        if stage:
+            found |= {f"network.{at}.proj.weight": (width, widths[stage - 1], 3, 3), f"network.{at}.proj.bias": (width,)}
+            at += 1
+        side = 56 // 2**stage
+        if mixer == "a" and mixers.index("a") == stage:
+            found[f"network.{at}.pos_embed"] = (1, width, side, side)
+            at += 1
+        for block in (f"network.{at}.{i}" for i in range(depth)):
+            vectors = ["layer_scale_1", "layer_scale_2", *(f"norm{n}.{leaf}" for n in (1, 2) for leaf in ("weight", "bias"))]
+            found |= {f"{block}.{name}": (width,) for name in [*vectors, "mlp.fc2.bias"]}
+            found |= {f"{block}.mlp.fc1.weight": (4 * width, width, 1, 1), f"{block}.mlp.fc1.bias": (4 * width,)}
+            found[f"{block}.mlp.fc2.weight"] = (width, 4 * width, 1, 1)
+            if mixer == "a":
+                found |= {f"{block}.token_mixer.qkv.weight": (3 * width, width)}
+                found |= {f"{block}.token_mixer.proj.weight": (width, width), f"{block}.token_mixer.proj.bias": (width,)}
+            if mixer == "f":
+                found[f"{block}.token_mixer.fc.weight"] = (side**2, side**2)
+        at += 1
+    found |= {"norm.weight": (width,), "norm.bias": (width,)}
+    return found | {"head.weight": (classes, width), "head.bias": (classes,)}
+
+
 def arrays(model, side, classes, rep):
     """{name: shape} of all arrays of a published file."""
     if model.startswith(("CCT ", "CVT ", "ViTLite ")):
         return _compact(*model.split(" ", 1), side, classes)
+    if model.startswith("CaiT "):
+        return _cait(model.removeprefix("CaiT "), side, classes)
+    if model.startswith("ResMLP "):
+        return _resmlp(*model.removeprefix("ResMLP ").split("/"), side, classes)
+    if model.startswith("DeiT "):
+        *kind, name = model.removeprefix("DeiT ").split(" ")
+        return _deit(kind[0] if kind else "plain", name, side, classes)
+    if model.startswith("PoolFormer "):
+        size, *mixers = model.split(" ")[1:]
+        return _poolformer(size, classes, *mixers)
     if model.startswith("Mixer "):
         return _mixer(model.removeprefix("Mixer "), side, classes)
     *kind, name = model.split(" ")

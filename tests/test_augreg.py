@@ -380,7 +380,7 @@ def test_parameter_counts_are_those_of_the_registry():
     rows = [row for row in zoo.VARIANTS.values() if "augreg" in row.weights]
     assert len(rows) >= 7
     for row in rows:
-        name = row.upstream[0].replace("ViT-", "").replace("_", "/")
+        name = next(iter(row.upstream)).replace("ViT-", "").replace("_", "/")
         assert augreg.RECOMMENDED[name].params == row.params
 
 

@@ -20,6 +20,11 @@ OURS = {
     "vit_base_16_in21k": "ViT_B16", "r50_vit_base_16": "R50_ViT_B16", "mixer_b16": "Mixer_B16", "mixer_l16": "Mixer_L16",
     "cct_7_3x1_32": "CCT_7_3x1", "cct_7_7x2_224": "CCT_7_7x2", "cct_14_7x2_224": "CCT_14_7x2",
     "beit_base": "BEiT_B16", "beit_large": "BEiT_L16",
+    "deit_tiny": "DeiT_Ti16", "deit_small": "DeiT_S16", "deit_base": "DeiT_B16", "deit_tiny_distilled": "DeiT_Ti16_distilled",
+    "deit_small_distilled": "DeiT_S16_distilled", "deit_base_distilled": "DeiT_B16_distilled", "deit3_small": "DeiT3_S16",
+    "deit3_base": "DeiT3_B16", "resmlp_12": "ResMLP_S12", "cait_xxs24": "CaiT_XXS24", "cait_xxs36": "CaiT_XXS36",
+    "cait_s24": "CaiT_S24",
+    **{f"poolformer_{size.lower()}": f"PoolFormer_{size}" for size in ("S12", "S24", "S36", "M36", "M48")},
 }  # fmt: skip
 CLASSES = {"cct_7_3x1_32": 10, "cct_7_7x2_224": 102, "cct_14_7x2_224": 1000}  # where the table has them in words only
 
@@ -77,8 +82,29 @@ def counted(model):
         lambda: keras_vit.Mixer_mu(weights=None),
         lambda: keras_vit.FlexiViT_mu(weights=None),
         lambda: keras_vit.BEiT_mu(weights=None),
+        lambda: keras_vit.DeiT_mu(weights=None),
+        lambda: keras_vit.DeiT_mu(weights=None, patch_size=16, stem="hmlp", parallel=True),
+        lambda: keras_vit.ResMLP_mu(weights=None),
+        lambda: keras_vit.CaiT_mu(weights=None),
+        lambda: keras_vit.PoolFormer_mu(
+            weights=None, input_shape=(50, 70, 3), mixer=("pool", "identity", "dense", "attention"), head_size=16
+        ),
     ],
-    ids=["ViT", "unpooled", "big_vision", "map", "hybrid", "mixer", "flexi", "beit"],
+    ids="ViT unpooled big_vision map hybrid mixer flexi beit deit hmlp resmlp cait metaformer".split(),
+        "ViT",
+        "unpooled",
+        "big_vision",
+        "map",
+        "hybrid",
+        "mixer",
+        "flexi",
+        "beit",
+        "deit",
+        "hmlp",
+        "resmlp",
+        "cait",
+        "metaformer",
+    ],
 )
 def test_costs_are_those_of_the_graph(build):
     model = build()

@@ -93,7 +93,7 @@ def test_what_cannot_be_exported_is_one_message_and_writes_nothing(tmp_path, cap
     assert not list(tmp_path.iterdir())
 
 
-def test_collections_have_the_recommended_files_the_mixers_and_the_hybrids():
+def test_collections_have_the_recommended_files_and_every_family_of_the_registry():
     recommended = {item.name: item for item in collection.items("recommended")}
     assert len(recommended) == 20
     for name, variant, weights, task in (
@@ -113,8 +113,10 @@ def test_collections_have_the_recommended_files_the_mixers_and_the_hybrids():
     assert {item.name for item in collection.items("mu")} == {
         f"{name.lower()}_{ending}" for name in keras_vit.list_models("*_mu*") for ending in ("classification", "fe")
     }
+    assert {zoo.VARIANTS[item.variant].family.name for item in everything} == set(zoo.FAMILIES)
     for item in everything:  # the heads of the original imagenet21k files are zeros
-        assert item.weights != "imagenet21k" or item.task == "feature_vector"
+        record = zoo.VARIANTS[item.variant].weights.get(item.weights)
+        assert not record or "models/imagenet21k/" not in record.source or item.task == "feature_vector"
 
 
 def command(out, *arguments):

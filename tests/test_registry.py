@@ -34,9 +34,10 @@ each_variant = pytest.mark.parametrize("row", VARIANTS, ids=lambda row: row.name
 
 
 def wiring(row):
-    """What distinguishes a row from others of its family once both are shrunk."""
+    """What distinguishes a row from others of its family once both are shrunk; of a mixer for each stage, that of the last."""
     small = {*SMALL[row.family.name][1], "representation_size"}
-    return row.family.name, *sorted((key, str(value)) for key, value in row.arguments.items() if key not in small)
+    options = {**row.arguments, **({"mixer": row.arguments["mixer"][-1]} if "mixer" in row.arguments else {})}
+    return row.family.name, *sorted((key, str(value)) for key, value in options.items() if key not in small)
 
 
 # A toy of each family: the shape of its images, and what makes a row small
@@ -62,7 +63,18 @@ SMALL = {
             stochastic_depth_rate=0.0,
         ),
     ),
+    "DeiT": ((8, 24, 3), dict(width=16, depth=2, heads=2, mlp=24, patch_size=(4, 8))),
+    "CaiT": (
+        (8, 24, 3),
+        dict(width=16, depth=2, heads=2, mlp=24, layer_scale=1e-5, class_depth=2, patch_size=(4, 8)),
+    ),
+    "ResMLP": ((8, 24, 3), dict(width=16, depth=2, mlp=24, layer_scale=0.1, patch_size=(4, 8))),
+    "PoolFormer": (
+        (70, 50, 3),
+        dict(width=(8, 8, 16, 16), depth=(1,) * 4, mlp=(12, 12, 16, 16), head_size=8, layer_scale=0.1, positions=(3,)),
+    ),
 }
+BLOCKS = {"PoolFormer": ("stage_0_block_0", "stage_3_block_0")}  # families that do not count their blocks in a row
 WIRINGS = list({wiring(row): row for row in reversed(VARIANTS) if row.family.classifies}.values())[::-1]  # the first row of each
 each_wiring = pytest.mark.parametrize("row", WIRINGS, ids=lambda row: row.name)
 
@@ -72,6 +84,11 @@ def shrunk(row, **kwargs):
     shape, small = SMALL[row.family.name]
     options = {"weights": None, "input_shape": shape, "classes": 5, "name": row.name, **row.arguments, **small}
     return randomise(row.builder(**{**options, "include_top": True, "pooling": None, **kwargs}))
+
+
+def block(row, number):
+    """The name of the first block, 0, or a later one, 1."""
+    return BLOCKS.get(row.family.name, ("block_0", "block_1"))[number]
 
 
 def takes(row, keyword):
@@ -109,6 +126,9 @@ def test_every_weight_has_one_name_in_every_layout_and_every_name_leads_back(row
         seen = set()
         for ours, shape in at_full_size(row.name).items():
             written = names.to_original(ours)
+            if "_positions/" in ours and not layout.endswith(f"-positions-{ours.split('_')[1]}"):
+                assert not written  # each layout of PoolFormer's family is for positions before one stage, or none
+                continue
             assert {piece.transform.index for piece in written} == set(range(written[0].transform.of)), (layout, ours)
             for original, transform, layer in written:
                 assert names.to_ours(original, (layer or 0) + 1)[-1] == (ours, transform, layer)
@@ -140,8 +160,12 @@ def test_a_training_step_reaches_every_weight(row):
         if name.endswith("qkv_bias") and len(moved) == 3:  # a key's shifts a query's scores alike: the softmax does not see it
             assert moved[1].max() < 1e-6
             moved = moved[[0, 2]]
-        # Shifts all channels of a token, or what is made of all tokens, alike: neither norms nor softmax see it
-        if name.endswith(("token_mixing/fc2/bias", "sequence_pool/bias")):
+        # Shifts all channels of a token, all scores of a query, or what is made of all tokens, alike: no norm or softmax sees it
+        if name.endswith(("token_mixing/fc2/bias", "attention/before_bias", "sequence_pool/bias")):
+            assert moved.max() < 1e-6
+            continue
+        # Shifts a place and its neighbours alike: their mean minus the place does not see it
+        if name.endswith("mixer_norm/beta") and model.get_layer(name.partition("/")[0]).kind == "pool":
             assert moved.max() < 1e-6
             continue
         assert moved.max() > 1e-7, name
@@ -150,16 +174,16 @@ def test_a_training_step_reaches_every_weight(row):
 @each_wiring
 def test_features_and_what_lies_inside_blocks_are_tapped_from_the_same_graph(row):
     model = shrunk(row)
-    block = model.get_layer("block_1")
-    taps = {tap: block(block.input, tap=tap) for tap in block.TAPS}
-    outputs = {**taps, "features": model.get_layer("block_0").output, "logits": zoo.tap(model, "head")}
+    later = model.get_layer(block(row, 1))
+    taps = {tap: later(later.input, tap=tap) for tap in later.TAPS}
+    outputs = {**taps, "features": model.get_layer(block(row, 0)).output, "logits": zoo.logits(model)}
     got = keras.Model(model.input, outputs).predict_on_batch(images(row))
-    for tap in block.TAPS:
-        again = keras.Model(model.input, zoo.tap(model, f"block_1/{tap}")).predict_on_batch(images(row))
+    for tap in later.TAPS:
+        again = keras.Model(model.input, zoo.tap(model, f"{later.name}/{tap}")).predict_on_batch(images(row))
         np.testing.assert_allclose(again, got[tap], atol=1e-6)
-    tokens = got["features"].shape[1]
+    tokens = math.prod(got["mlp"].shape[1:-1]) if "mlp" in got else None
     if "scores" in taps:
-        assert got["scores"].shape == (2, block.heads, tokens, tokens)
+        assert got["scores"].shape == (2, later.heads, tokens, tokens)
         np.testing.assert_allclose(got["scores"].sum(axis=-1), 1, atol=1e-5)
     exp = np.exp(got["logits"] - got["logits"].max(axis=1, keepdims=True))
     np.testing.assert_allclose(exp / exp.sum(axis=1, keepdims=True), model.predict_on_batch(images(row)), atol=1e-6)
@@ -182,9 +206,9 @@ def test_mixed_bfloat16_is_finite_and_close_with_softmax_and_logits_in_float32(r
     finally:
         keras.config.set_dtype_policy(before)
     assert mixed.output.dtype == "float32"
-    assert zoo.tap(mixed, "block_0").dtype == "bfloat16"
-    if "scores" in mixed.get_layer("block_0").TAPS:
-        assert zoo.tap(mixed, "block_0/scores").dtype == "float32"
+    assert zoo.tap(mixed, block(row, 0)).dtype == "bfloat16"
+    if "scores" in mixed.get_layer(block(row, 1)).TAPS:
+        assert zoo.tap(mixed, f"{block(row, 1)}/scores").dtype == "float32"
     got, expected = mixed.predict_on_batch(images(row)), model.predict_on_batch(images(row))
     assert np.isfinite(got).all()
     np.testing.assert_allclose(got, expected, atol=0.03 * np.abs(expected).max())

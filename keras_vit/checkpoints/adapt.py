@@ -347,3 +347,57 @@ class RelativePositions:
 def relative_distances(grid):
     """Rows of a table of relative positions for a grid (h, w): one for each distance, and the three of the class token."""
     return (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3
+
+
+class TokenCount:
+    """No lossy step, but the refusal of one: weights that mix a fixed number of tokens fit one grid of patches only.
+
+    Args:
+        kernel: the weight whose first axis is that of the tokens.
+        grid: (h, w) of the model. patch: (height, width) of its patches.
+        file_grid: (h, w) of the file where it is known, "square", or None; then any grid of that many patches is right, since the
+            file does not say which one it was.
+    """
+
+    def __init__(self, kernel, grid, patch, file_grid):
+        self.names, self.grid, self.patch, self.file_grid = (kernel,), grid, patch, file_grid
+
+    def pixels(self, shape):
+        """(H, W) of the images that a file's kernel of this shape is for; None where it says none."""
+        grid = self._made_for(_tokens(shape))
+        return grid and tuple(side * p for side, p in zip(grid, self.patch))
+
+    def check(self, name, record, shape, grid):
+        """Raises ArgumentError where a model `name` of a grid (h, w) cannot use a record's file with a kernel of this shape."""
+        misfit = self._misfit(_tokens(shape), tuple(grid))
+        if misfit:
+            raise errors.ArgumentError(f"{name}: {record.source}: {misfit}.")
+
+    def plan(self, shapes):
+        misfit = self._misfit(_tokens(shapes[self.names[0]]), tuple(self.grid))
+        if misfit:
+            raise errors.CheckpointMismatchError(misfit)
+        return shapes, None
+
+    def _made_for(self, tokens):
+        """(h, w) of the patches that a file's tokens were: the one it records, else a square; None if it is none."""
+        if not isinstance(self.file_grid, (str, type(None))) and math.prod(self.file_grid) == tokens:
+            return tuple(self.file_grid)
+        side = math.isqrt(tokens)
+        return (side, side) if tokens and side**2 == tokens else None
+
+    def _misfit(self, tokens, grid):
+        made_for = self._made_for(tokens)
+        if not tokens or grid == made_for or (self.file_grid is None and math.prod(grid) == tokens):
+            return None
+        sides = made_for and tuple(side * p for side, p in zip(made_for, self.patch))
+        shape = f"{made_for[0]} x {made_for[1]}, input_shape={(*sides, 3)}" if made_for else "not of a square"
+        return (
+            f"its weights fix the grid of patches and cannot be resampled: they are for {tokens} ({shape}), but the model has "
+            f"{grid[0]} x {grid[1]} of {self.patch[0]} x {self.patch[1]} pixels; build it with an input_shape that fits"
+        )
+
+
+def _tokens(shape):
+    """The tokens that a file's mixing kernel (n, ...) is for; 0 where it cannot be one, which loading will report."""
+    return shape[0] if shape and shape[0] <= MAX_POSITIONS else 0

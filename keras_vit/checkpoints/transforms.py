@@ -101,11 +101,11 @@ class Turned(Whole):
         return tuple(sides)
 
     def weight_shape(self, shape):
-        sides, at = [], 0
-        for side, count in zip(shape, self.merged or (1,) * len(self.axes)):
-            sides += [(min(self.axes[at : at + count]), side)] if count else []
+        groups, at = [], 0
+        for count in self.merged or (1,) * len(self.axes):
+            groups.append(min(self.axes[at : at + count], default=None))
             at += count
-        return tuple(side for _, side in sorted(sides))
+        return tuple(side for group, side in sorted((g, side) for g, side in zip(groups, shape) if g is not None))
 
     def place(self, array, weight):
         back = tuple(sorted(range(len(self.axes)), key=self.axes.__getitem__))

@@ -89,7 +89,7 @@ def _flattened(config, prefix=""):
 def use_row(config, row):
     """Sets `model_type` and `model` of a configuration to a row of the registry, called as the original calls it."""
     config.model_type = "Mixer" if row.family.name == "Mixer" else "ViT"
-    config.model = model_config(row.upstream[0] if row.upstream else row.name, row.family.name, **row.arguments)
+    config.model = model_config(next(iter(row.upstream), row.name), row.family.name, **row.arguments)
 
 
 def find_row(name, rows):

@@ -58,10 +58,11 @@ def check(model, form, where):
             "nothing. Build it with classes=N and train it, take the augreg weights, or export with task='feature_vector'."
         )
     if form.image_size == "any" and _any_size(model) is None:
+        able = [family.name for family in zoo.FAMILIES.values() if family.any_size is not zoo.Family.any_size]
         raise ExportError(
-            f"{where}: image_size='any' needs a model of this package whose weights fit images of any size (ViT, its hybrids, "
-            f"FlexiViT), got {model.name!r} of family {getattr(model, 'family', None)}. Mixer's weights fix the number of its "
-            "tokens; export one module for each size with image_size='fixed'."
+            f"{where}: image_size='any' needs a model of this package whose weights fit images of any size (of "
+            f"{', '.join(able)}), got {model.name!r} of family {getattr(model, 'family', None)}. Where weights fix the number of "
+            "tokens, export one module for each size with image_size='fixed'."
         )
     output(model, form.task, where)
 

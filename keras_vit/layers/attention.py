@@ -33,6 +33,8 @@ class Attention(keras.layers.Layer):
         kernel_stddev: of the normal distribution that kernels start from; None for Xavier's uniform.
     """
 
+    INSIDE = ("scores",)  # what `tap` names
+
     def __init__(self, heads, dropout_rate=0.0, flash_attention=None, qkv_bias="qkv", kernel_stddev=None, **kwargs):
         super().__init__(**kwargs)
         self.kernel_stddev = kernel_stddev
@@ -73,13 +75,17 @@ class Attention(keras.layers.Layer):
             q, k, v = (part for each in projected for part in ops.unstack(each, each.shape[0], axis=0))
             scores = ops.matmul(q * ops.cast(scale, q.dtype), ops.transpose(k, (0, 1, 3, 2)))
             scores = ops.cast(scores, "float32")
-            scores = ops.softmax(scores if bias is None else scores + ops.cast(bias, "float32"), axis=-1)
-            if tap == "scores":
+            scores = self._weights(scores if bias is None else scores + ops.cast(bias, "float32"), tap)
+            if tap in self.INSIDE:
                 return scores
             scores = self.dropout(ops.cast(scores, self.compute_dtype), training=training)
             mixed = ops.transpose(ops.matmul(scores, v), (0, 2, 1, 3))
         mixed = ops.matmul(ops.reshape(mixed, (-1, width)), ops.reshape(self.out_kernel, (width, width))) + self.out_bias
         return ops.reshape(mixed, (-1, tokens, width))
+
+    def _weights(self, scores, tap):
+        """The attention weights of scores (b, heads, query, key), or what `tap` names of what leads to them."""
+        return ops.softmax(scores, axis=-1)
 
     def _project(self, x, start, end):
         """(b, n, d) -> (b, n, end - start, heads, d / heads): parts of query (0), key (1) and value (2)."""
@@ -119,7 +125,7 @@ class Attention(keras.layers.Layer):
     def compute_output_spec(self, x, query=None, bias=None, training=None, tap=None):
         b, n, d = x.shape
         m = n if query is None else query.shape[1]
-        if tap == "scores":
+        if tap in self.INSIDE:
             return keras.KerasTensor((b, self.heads, m, n), dtype="float32")
         return keras.KerasTensor((b, m, d), dtype=self.compute_dtype)
 

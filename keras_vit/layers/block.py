@@ -28,6 +28,7 @@ class Block(keras.layers.Layer):
     """
 
     TAPS = ("attention_norm", "scores", "attention", "mlp_norm", "mlp")
+    ATTENTION = Attention  # its kind, which a descendant may change
 
     def __init__(
         self,
@@ -51,7 +52,7 @@ class Block(keras.layers.Layer):
         self.kernel_stddev, self.qkv_bias, self.epsilon = kernel_stddev, qkv_bias, epsilon
         dtype = self.dtype_policy
         self.attention_norm = keras.layers.LayerNormalization(epsilon=epsilon, dtype=dtype, name="attention_norm")
-        self.attention = Attention(
+        self.attention = self.ATTENTION(
             heads, attention_dropout_rate, flash_attention, qkv_bias, kernel_stddev, dtype=dtype, name="attention"
         )
         self.dropout = keras.layers.Dropout(dropout_rate, dtype=dtype, name="dropout")
@@ -71,8 +72,8 @@ class Block(keras.layers.Layer):
         y = self.attention_norm(x)
         if tap == "attention_norm":
             return y
-        if tap == "scores":
-            return self.attention(y, bias=bias, tap="scores")
+        if tap in self.attention.INSIDE:
+            return self.attention(y, bias=bias, tap=tap)
         y = self.attention(y, bias=bias)
         if tap == "attention":
             return y

@@ -40,10 +40,11 @@ class PatchTokens(keras.layers.Layer):
 
 @keras.saving.register_keras_serializable("keras_vit")
 class MeanTokens(keras.layers.Layer):
-    """(b, n, d) -> (b, d): the mean over the tokens, summed in float32."""
+    """(b, n, d) or (b, h, w, d) -> (b, d): the mean over the tokens, summed in float32."""
 
     def call(self, x):
-        return ops.cast(ops.mean(ops.cast(x, "float32"), axis=1), self.compute_dtype)
+        inner = tuple(range(1, len(x.shape) - 1))
+        return ops.cast(ops.mean(ops.cast(x, "float32"), axis=inner), self.compute_dtype)
 
 
 @keras.saving.register_keras_serializable("keras_vit")

@@ -813,10 +813,18 @@ def _released(size, *resolutions, sizes):
     return {tag: dataclasses.replace(record, size=sizes.get(tag)) for tag, record in found.items()}
 
 
+def _upstream(size, *resolutions):
+    """{name in timm or at Hugging Face: tag}."""
+    tags = {side: f"imagenet21k+imagenet1k-{side}" for side in resolutions}
+    return {f"beit_{size}_patch16_{side}": tag for side, tag in tags.items()} | {
+        f"microsoft/beit-{size}-patch16-{side}": f"{tag}-hf" for side, tag in tags.items()
+    }
+
+
 BEiT_mu = variant("BEiT_mu", BEiT, **MU, **SHARED, patch_size=8, resolution=32, params=144_824, macs=1_448_704)
 BEiT_B16 = variant(
     "BEiT_B16", BEiT, **B, **SHARED, patch_size=16, params=86_530_984, macs=17_563_828_224,
-    upstream=("beit_base_patch16_224", "microsoft/beit-base-patch16-224"),
+    upstream=_upstream("base", 224, 384),
     weights=_released(
         "base", 224, 384,
         sizes={"imagenet21k-hf": 414_000_000, "imagenet21k-timm": 414_000_000, "imagenet21k+imagenet1k-224-timm": 350_000_000},
@@ -824,7 +832,7 @@ BEiT_B16 = variant(
 )  # fmt: skip
 BEiT_L16 = variant(
     "BEiT_L16", BEiT, **L, **SHARED, patch_size=16, params=304_430_568, macs=61_554_712_576,
-    upstream=("beit_large_patch16_224", "microsoft/beit-large-patch16-224"),
+    upstream=_upstream("large", 224, 384, 512),
     weights=_released(
         "large", 224, 384, 512,
         sizes={
@@ -852,11 +860,13 @@ BEiT_mu_masked = variant(
 )  # fmt: skip
 BEiT_B16_masked = variant(
     "BEiT_B16_masked", BEiTMasked, **B, **PRETRAINING, patch_size=16, params=91_965_776, macs=18_796_185_600,
-    upstream=("beit_base_patch16_224_8k_vocab", "microsoft/beit-base-patch16-224-pt22k"), weights=_masked("base", 368_000_000),
+    upstream={"beit_base_patch16_224_8k_vocab": "imagenet21k", "microsoft/beit-base-patch16-224-pt22k": "imagenet21k-hf"},
+    weights=_masked("base", 368_000_000),
 )  # fmt: skip
 BEiT_L16_masked = variant(
     "BEiT_L16_masked", BEiTMasked, **L, **PRETRAINING, patch_size=16, params=311_534_016, macs=63_197_855_744,
-    upstream=("beit_large_patch16_224_8k_vocab", "microsoft/beit-large-patch16-224-pt22k"), weights=_masked("large"),
+    upstream={"beit_large_patch16_224_8k_vocab": "imagenet21k", "microsoft/beit-large-patch16-224-pt22k": "imagenet21k-hf"},
+    weights=_masked("large"),
 )  # fmt: skip
 
 
@@ -876,11 +886,12 @@ BEiT_mu_segmenter = variant(
 BEiT_B16_segmenter = variant(
     "BEiT_B16_segmenter", BEiTSegmenter, **B, relative_positions="block", patch_size=16, classes=ADE20K, resolution=640,
     params=163_428_460, macs=965_068_965_888,
-    upstream=("upernet_beit_base_12_640", "microsoft/beit-base-finetuned-ade-640-640"), weights=_segmenter("base", 900_000_000),
+    upstream={"upernet_beit_base_12_640": "ade20k", "microsoft/beit-base-finetuned-ade-640-640": "ade20k-hf"},
+    weights=_segmenter("base", 900_000_000),
 )  # fmt: skip
 BEiT_L16_segmenter = variant(
     "BEiT_L16_segmenter", BEiTSegmenter, **L, relative_positions="block", patch_size=16, classes=ADE20K, resolution=640,
     params=441_298_220, macs=1_996_380_323_840,
-    upstream=("upernet_beit_large_24_640", "microsoft/beit-large-finetuned-ade-640-640"),
+    upstream={"upernet_beit_large_24_640": "ade20k", "microsoft/beit-large-finetuned-ade-640-640": "ade20k-hf"},
     weights=_segmenter("large", 2_260_000_000),
 )  # fmt: skip

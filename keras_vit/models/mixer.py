@@ -4,13 +4,11 @@ Weights: google-research/vision_transformer (`gs://mixer_models`), among them th
 (2203.08065).
 """
 
-import math
-
 import keras
 from keras import ops
 
 from keras_vit import errors
-from keras_vit.checkpoints.adapt import MAX_POSITIONS, PatchKernel
+from keras_vit.checkpoints.adapt import PatchKernel, TokenCount
 from keras_vit.checkpoints.dialects import flax
 from keras_vit.checkpoints.names import Names
 from keras_vit.checkpoints.weights import IMAGENET21K, google
@@ -20,6 +18,7 @@ from keras_vit.models.vit import ROOTS, depth
 from keras_vit.zoo import Contract, Family, builder, tap, variant
 
 POOLINGS = (None, "avg")
+KERNEL = "block_0/token_mixing/fc1/kernel"  # by which a file says how many tokens it is for
 
 
 @keras.saving.register_keras_serializable("keras_vit")
@@ -130,17 +129,13 @@ def Mixer(
         raise errors.ArgumentError(f"{name}: expected pooling in {POOLINGS}, got {pooling!r}.")
     patch = (patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size)
     top = Contract(FAMILY, include_top, weights, input_tensor, input_shape, classes, classifier_activation, include_preprocessing)
-    tokens, known = _tokens(top.stored(TokenCount.KERNEL)), top.recorded_grid
-    if top.record and top.record.published:
-        known = "square"
+    known = "square" if top.record and top.record.published else top.recorded_grid
+    fixed = TokenCount(KERNEL, None, patch, known)
 
     def check(h, w):
-        misfit = tokens and _misfit(tokens, known, _grid((h, w), patch), patch)
-        if misfit:
-            raise errors.ArgumentError(f"{name}: {top.record.source}: {misfit}.")
+        fixed.check(name, top.record, top.stored(KERNEL), _grid((h, w), patch))
 
-    grid = tokens and _file_grid(tokens, known)
-    x = top.images(_pixels(grid, patch) if grid else (224, 224), check)
+    x = top.images(fixed.pixels(top.stored(KERNEL)) or (224, 224), check)
     padding = [_same(side, p) for side, p in zip(top.size, patch)]
     if any(map(any, padding)):
         x = keras.layers.ZeroPadding2D(padding, data_format="channels_last", name="padding")(x)
@@ -163,64 +158,10 @@ def _grid(size, patch):
     return tuple(-(-side // p) for side, p in zip(size, patch))
 
 
-def _pixels(grid, patch):
-    return tuple(patches * p for patches, p in zip(grid, patch))
-
-
 def _same(side, p):
     """(before, after): the zeros that "SAME" padding puts on both ends of a side, as the original's convolution does."""
     missing = -side % p
     return missing // 2, missing - missing // 2
-
-
-def _tokens(shape):
-    """The tokens that a file's mixing kernel (n, hidden) is for; 0 where it cannot be one, which loading will report."""
-    return shape[0] if shape and shape[0] <= MAX_POSITIONS else 0
-
-
-def _file_grid(tokens, known):
-    """(h, w) of the patches that a file's tokens were: the one it records, else a square; None if it is none."""
-    if isinstance(known, tuple) and math.prod(known) == tokens:
-        return known
-    side = math.isqrt(tokens)
-    return (side, side) if side**2 == tokens else None
-
-
-def _misfit(tokens, known, grid, patch):
-    """Why weights for `tokens` cannot be used on a grid, None if they can.
-
-    As in the original, any grid of that many patches is right where the file does not say which one it was.
-    """
-    made_for = _file_grid(tokens, known)
-    if grid == made_for or (known is None and math.prod(grid) == tokens):
-        return None
-    shape = f"{made_for[0]} x {made_for[1]}, input_shape={(*_pixels(made_for, patch), 3)}" if made_for else "not of a square"
-    return (
-        f"Mixer's weights fix the grid of patches and cannot be resampled: these are for {tokens} ({shape}), but the model has "
-        f"{grid[0]} x {grid[1]} of {patch[0]} x {patch[1]} pixels; build it with an input_shape that fits"
-    )
-
-
-class TokenCount:
-    """No lossy step, but the refusal of one (see `checkpoints.adapt`): weights for another grid of patches do not fit.
-
-    Args:
-        grid: (h, w) of the model. patch: (height, width) of its patches.
-        file_grid: (h, w) of the file where it is known, "square", or None.
-    """
-
-    KERNEL = "block_0/token_mixing/fc1/kernel"
-    names = (KERNEL,)
-
-    def __init__(self, grid, patch, file_grid):
-        self.grid, self.patch, self.file_grid = grid, patch, file_grid
-
-    def plan(self, shapes):
-        tokens = _tokens(shapes[self.KERNEL])
-        misfit = tokens and _misfit(tokens, self.file_grid, self.grid, self.patch)
-        if misfit:
-            raise errors.CheckpointMismatchError(misfit)
-        return shapes, None
 
 
 def _model_grid(model):
@@ -229,7 +170,7 @@ def _model_grid(model):
 
 def _adapters(model, *, grid, resize_patches):
     patch = model.get_layer("patches").kernel.shape[:2]
-    return [TokenCount(_model_grid(model), patch, grid), *([PatchKernel(patch)] if resize_patches else [])]
+    return [TokenCount(KERNEL, _model_grid(model), patch, grid), *([PatchKernel(patch)] if resize_patches else [])]
 
 
 def _layouts():

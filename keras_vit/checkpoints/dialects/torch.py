@@ -24,6 +24,11 @@ def conv(original, ours):
     return [*weight(original, ours, FILTER), rule(f"{original}.bias", f"{ours}/bias")]
 
 
+def pointwise(original, ours):
+    """A convolution with a kernel of 1 x 1, (out, in, 1, 1), into a matrix (in, out)."""
+    return [*weight(original, ours, Turned((1, 0), (1, 1, 0, 0))), rule(f"{original}.bias", f"{ours}/bias")]
+
+
 def depthwise(original, ours):
     """A convolution of as many groups as channels, (c, 1, h, w), into Keras's kernel (h, w, c, 1)."""
     return [*weight(original, ours, Turned((2, 3, 0, 1))), rule(f"{original}.bias", f"{ours}/bias")]
