@@ -91,20 +91,6 @@ def counted(model):
         ),
     ],
     ids="ViT unpooled big_vision map hybrid mixer flexi beit deit hmlp resmlp cait metaformer".split(),
-        "ViT",
-        "unpooled",
-        "big_vision",
-        "map",
-        "hybrid",
-        "mixer",
-        "flexi",
-        "beit",
-        "deit",
-        "hmlp",
-        "resmlp",
-        "cait",
-        "metaformer",
-    ],
 )
 def test_costs_are_those_of_the_graph(build):
     model = build()
