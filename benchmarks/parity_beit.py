@@ -2,10 +2,12 @@
 
 import keras
 import numpy as np
+from keras import ops
 
 import keras_vit
 from benchmarks import parity
 from keras_vit.checkpoints import adapt
+from keras_vit.layers import Bilinear
 
 # Every config key of timm's Beit -> ours; what None stands for is said by others, or decided by what these give
 TIMM_OPTIONS = {
@@ -26,7 +28,8 @@ HF_OPTIONS = {
 def run_beit(case):
     model = case.meta["model"]
     runs = {
-        "timm_beit": _timm, "hf_beit_classification": _hf_classifier, "beit_relative_position_resize": _resize,
+        "timm_beit": _timm, "hf_beit_classification": _hf_classifier, "hf_beit_masked_image_modeling": _hf_masked,
+        "hf_beit_semantic_segmentation": _hf_segmenter, "beit_relative_position_resize": _resize,
     }  # fmt: skip
     if model not in runs:
         raise parity.Unknown(f"model {model!r}")
@@ -73,9 +76,9 @@ def _timm(case):
     tokens, pooled = ("encoder_norm", "class_token") if "encoder_norm" in names else (last, "fc_norm")
     taps |= {"norm": tokens, "features": tokens, "fc_norm": pooled, "pre_logits": pooled, "logits": "head"}
     patches = parity.zoo.tap(model, "patches")
-    taps["patch_embed"] = keras.ops.reshape(patches, (-1, grid[0] * grid[1], patches.shape[-1]))
+    taps["patch_embed"] = ops.reshape(patches, (-1, grid[0] * grid[1], patches.shape[-1]))
     if "blocks.0.attn.rel_pos_bias" in taps:
-        taps["blocks.0.attn.rel_pos_bias"] = keras.ops.expand_dims(parity.zoo.tap(model, "block_0/bias"), 0)
+        taps["blocks.0.attn.rel_pos_bias"] = ops.expand_dims(parity.zoo.tap(model, "block_0/bias"), 0)
     parity.compare_taps(case, model, taps, ["logits"], images)
     if "relative_position_index" in case.expected:
         case.compare("relative_position_index", keras_vit.models.beit.relative_index(grid), 0)
@@ -116,6 +119,53 @@ def _hf_classifier(case):
     parity.compare_taps(case, model, taps, ["logits"], images)
     logits = keras.Model(model.input, parity.zoo.tap(model, "head")).predict_on_batch(images)
     case.compare("loss", cross_entropy(logits, case.inputs["labels"]), case.meta["tolerance"])
+    return list(case.expected)
+
+
+def _hf_masked(case):
+    config = case.meta["config"]
+    options = _hf_options(config)
+    options["norm_twice"] = not options.pop("classifier")
+    images = _images(case, "pixel_values")
+    model = _loaded(case, keras_vit.BEiTMasked, {**options, "classes": config["vocab_size"]}, images)
+    mask = case.inputs["bool_masked_pos"]
+    inputs = [images, mask.reshape(-1, *model.get_layer("tokens").grid)]
+    taps = _hidden_states(case, options["depth"])
+    last = "inner_norm" if options["norm_twice"] else f"block_{options['depth'] - 1}"
+    parity.compare_taps(case, model, taps | {"last_hidden_state": last, "logits": "head"}, ["logits"], inputs)
+    logits = model.predict_on_batch(inputs)[mask]
+    case.compare("loss", cross_entropy(logits, case.inputs["labels"]), case.meta["tolerance"])
+    return list(case.expected)
+
+
+def _hf_segmenter(case):
+    config = case.meta["config"]
+    options = _hf_options(config)
+    del options["classifier"]  # norms nothing here
+    if config["use_auxiliary_head"] and (config["auxiliary_num_convs"], config["auxiliary_concat_input"]) != (1, False):
+        raise parity.Unknown("an auxiliary head of several convolutions")
+    options["features"] = [at - 1 for at in config["out_indices"]]
+    options["auxiliary"] = config["auxiliary_channels"] if config["use_auxiliary_head"] else None
+    options |= {"pool_scales": config["pool_scales"], "classes": len(config["id2label"])}
+    images = _images(case, "pixel_values")
+    model = _loaded(case, keras_vit.BEiTSegmenter, options, images)
+    maps = {
+        **{f"fpn.out{i}": f"pyramid_{i}" for i in range(4)}, **{f"fpn.fpn{i + 1}": f"pyramid_{i}" for i in range(4)},
+        "decode_head.psp_bottleneck": "pools_conv", "decode_head.fpn_bottleneck": "levels_conv",
+        "auxiliary_head": "auxiliary_head", "logits": "head",
+    }  # fmt: skip
+    taps = {key: ops.transpose(parity.zoo.tap(model, name), (0, 3, 1, 2)) for key, name in maps.items() if key in case.expected}
+    taps |= _hidden_states(case, options["depth"]) | {"last_hidden_state": f"block_{options['depth'] - 1}"}
+    parity.compare_taps(case, model, taps, ["logits", "auxiliary_head"], images)
+    labels = case.inputs["labels"]
+    seen, loss = labels != config["semantic_loss_ignore_index"], 0.0
+    outputs = model.predict_on_batch(images)
+    outputs = outputs if isinstance(outputs, dict) else {"logits": outputs}
+    for key, share in (("logits", 1.0), ("auxiliary", config["auxiliary_loss_weight"])):
+        if key in outputs:
+            resized = ops.convert_to_numpy(Bilinear(labels.shape[1:])(outputs[key]))
+            loss += share * cross_entropy(resized[seen], labels[seen])
+    case.compare("loss", loss, case.meta["tolerance"])
     return list(case.expected)
 
 

@@ -95,7 +95,7 @@ def items(collection):
 def _chosen(collection, row):
     """(tag, what it puts into the name, task) of each module that a row of the registry adds to a collection."""
     if collection == "mu":
-        return [(common.RANDOM, "", task) for task in ENDINGS] if "_mu" in row.name else []
+        return [(common.RANDOM, "", task) for task in ENDINGS] if "_mu" in row.name and row.family.classifies else []
     if collection == "recommended":
         picks = {pick.filename: FEATURES for pick in augreg.RECOMMENDED.values()}
         picks |= {pick.file: CLASSIFICATION for pick in augreg.RECOMMENDED.values()}

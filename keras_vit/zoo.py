@@ -43,6 +43,8 @@ class Family:
         any_size: model -> ((h, w), (h, w)) of its smallest image and of the steps to larger ones, where its weights fit images of
             any size; None by default, and where they do not.
         pixels: the preprocessing of models whose weights come from no published file.
+        classifies: whether its models give an image's scores of classes, or without top its features, as training, modules and
+            benchmarks take them.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Family:
     written: object = None
     any_size: object = lambda model: None
     pixels: Pixels = Pixels()
+    classifies: bool = True
 
     def __post_init__(self):
         FAMILIES[self.name] = self
@@ -319,10 +322,15 @@ class Contract:
             return x
         return keras.layers.Activation(self.activation, dtype="float32", name="predictions")(x)
 
-    def model(self, outputs, name):
-        """The finished model, with its weights loaded."""
+    def model(self, outputs, name, beside=()):
+        """The finished model, with its weights loaded.
+
+        Args:
+            beside: its inputs besides the images.
+        """
         sources = keras.utils.get_source_inputs(self.source)
-        model = Model(sources if len(sources) > 1 else sources[0], outputs, name=name)
+        inputs = [*sources, *beside]
+        model = Model(inputs if len(inputs) > 1 else inputs[0], outputs, name=name)
         outside = [] if self.input_tensor is None else [layer.name for layer in keras.Model(sources, self.source).layers]
         info = dict(
             source=None, sha256=None, layout=None, resolution=None, classes=self.classes if self.include_top else None,
@@ -336,7 +344,7 @@ class Contract:
 
     def _load(self, model, name):
         record, has = self.record, {layer.name for layer in model.layers}
-        read_by_heads = {*HEADS, "pre_logits", "map_head", "sequence_pool", "fc_norm"}
+        read_by_heads = {*HEADS, "pre_logits", "map_head", "sequence_pool", "fc_norm", "auxiliary_conv", "auxiliary_head"}
         lacking = {ours.partition("/")[0] for ours in self.shapes} & read_by_heads - has
         options = dict(
             ignore=tuple(f"{layer}/*" for layer in sorted(lacking)),
@@ -491,7 +499,7 @@ def _weights(model):
 def _wanted(model, archive, *, ignore=(), reset_head=False, grid=None, resize_patches=False):
     """What `load.load` and `load.best_plan` take, for the arguments of `load_weights`."""
     family, weights = FAMILIES[model.family], _weights(model)
-    head = [name for name in weights if name.partition("/")[0] in HEADS]
+    head = [name for name in weights if name.partition("/")[0] in (*HEADS, "auxiliary_head")]
     if reset_head and not head:
         raise errors.ArgumentError(f"load_weights: {model.name!r} has no head to reset; leave reset_head out.")
     adapters = family.adapters(model, grid=_recorded_grid(archive) or grid, resize_patches=resize_patches)

@@ -11,6 +11,7 @@ from keras_vit import zoo
 from keras_vit.checkpoints import adapt, files
 from keras_vit.checkpoints.load import named_weights
 from keras_vit.errors import ArgumentError, CheckpointMismatchError
+from keras_vit.layers import AdaptivePooling
 from keras_vit.models import beit
 
 TINY = dict(patch_size=4, width=16, depth=2, heads=2, mlp=24, classes=5, weights=None)
@@ -147,3 +148,137 @@ def test_arguments_that_make_no_model_are_refused():
         tiny(side=15)
     with pytest.raises(ValueError, match="no relative positions to tap"):
         zoo.tap(tiny(relative_positions=None), "block_0/bias")
+
+
+# ---------------------------------------------------------------- masked patches
+
+
+def masked(side=16, **options):
+    return randomise(keras_vit.BEiTMasked(input_shape=(side, side, 3), **{**TINY, "classes": 7, **options}))
+
+
+def segmenter(side=16, **options):
+    options = {**TINY, "depth": 4, "width": 8, "auxiliary": 4, "pool_scales": (1, 2), **options}
+    return randomise(keras_vit.BEiTSegmenter(input_shape=(side, side, 3), **options))
+
+
+def test_what_a_masked_patch_shows_changes_nothing_and_every_patch_gets_logits():
+    model, x = masked(), images()
+    mask = np.zeros((2, 4, 4), bool)
+    mask[:, 1, 2] = True
+    logits = model.predict_on_batch([x, mask])
+    assert logits.shape == (2, 16, 7)
+    other = x.copy()
+    other[:, 4:8, 8:12] += 1
+    np.testing.assert_array_equal(model.predict_on_batch([other, mask]), logits)
+    assert np.abs(model.predict_on_batch([other, ~mask]) - model.predict_on_batch([x, ~mask])).max() > 1e-4
+
+
+@pytest.mark.parametrize("layout", ["beit", "hugging-face"])
+@pytest.mark.parametrize("make", [masked, segmenter])
+def test_models_of_other_tasks_are_written_read_and_recognised(tmp_path, make, layout):
+    model = make()
+    layout = {"beit": "state_dict/mmseg"}.get(layout, layout) if make is segmenter else layout
+    keras_vit.save_npz(model, tmp_path / "a.npz", layout=layout)
+    reading = zoo.identify(files.Npz(tmp_path / "a.npz"))
+    assert (reading.family, reading.layout, reading.unknown) == (model.family, layout, ())
+    again = make()
+    for weight in again.weights:
+        weight.assign(np.zeros(weight.shape))
+    keras_vit.load_weights(again, tmp_path / "a.npz")
+    for name, weight in named_weights(model).items():
+        np.testing.assert_array_equal(np.array(named_weights(again)[name]), np.array(weight), name)
+    keras_vit.save_npz(again, tmp_path / "b.npz")
+    first, second = arrays(tmp_path / "a.npz"), arrays(tmp_path / "b.npz")
+    assert {k: (v.dtype, v.tobytes()) for k, v in first.items()} == {k: (v.dtype, v.tobytes()) for k, v in second.items()}
+
+
+def test_a_classifier_starts_from_masked_pre_training_with_the_shared_table_in_every_block():
+    model, other = tiny(), masked(side=24)
+    before = {name: np.array(weight) for name, weight in named_weights(model).items()}
+    kept = beit.start_from(model, other)
+    assert kept == [name for name in before if name.startswith(("fc_norm", "head"))]
+    theirs = {name: np.array(weight) for name, weight in named_weights(other).items()}
+    table = adapt.resample_relative(theirs["relative_positions/table"], (6, 6), (4, 4))
+    for name, weight in named_weights(model).items():
+        expected = table if name.endswith("table") else before[name] if name in kept else theirs[name]
+        np.testing.assert_array_equal(np.array(weight), expected, name)
+    wide = masked(width=32)
+    with pytest.raises(
+        ArgumentError, match=r"patches/kernel: \(4, 4, 3, 16\), of the other \(4, 4, 3, 32\).*Nothing was changed"
+    ):
+        beit.start_from(model, wide)
+
+
+# ---------------------------------------------------------------- segmentation
+
+
+def test_the_pyramid_has_four_two_one_and_half_times_the_patches_and_labels_have_the_images_size():
+    model = segmenter()
+    sizes = [zoo.tap(model, f"pyramid_{i}").shape[1:] for i in range(4)]
+    assert sizes == [(16, 16, 8), (8, 8, 8), (4, 4, 8), (2, 2, 8)]
+    out = model.predict_on_batch(images())
+    assert {key: value.shape for key, value in out.items()} == {"logits": (2, 16, 16, 5), "auxiliary": (2, 4, 4, 5)}
+    whole = beit.label_maps(out, (30, 20))
+    assert (whole.shape, whole.dtype) == ((2, 30, 20), "int32")
+    first, second = beit.label_maps(out["logits"], [(16, 16), (30, 20)])
+    np.testing.assert_array_equal(first, out["logits"][0].argmax(-1))
+    np.testing.assert_array_equal(second, whole[1])
+    with pytest.raises(ArgumentError, match=r"one \(H, W\) for each of 2 images, got 1"):
+        beit.label_maps(out, [(16, 16)])
+
+
+def test_blocks_behind_the_last_map_belong_to_the_model_and_change_nothing():
+    model = segmenter(features=(0, 1, 2, 2), auxiliary=None)
+    assert [name for name in named_weights(model) if name.startswith("block_3/")]
+    before = model.predict_on_batch(images())
+    for weight in model.get_layer("block_3").weights:
+        weight.assign(weight + 1)
+    np.testing.assert_array_equal(model.predict_on_batch(images()), before)
+    with pytest.raises(ArgumentError, match="features must be four whole numbers from 0 to depth=4"):
+        segmenter(features=(1, 2, 3, 5))
+
+
+def test_another_number_of_classes_starts_both_heads_from_zeros(tmp_path):
+    keras_vit.save_npz(segmenter(), tmp_path / "a.npz")
+    options = {**TINY, "depth": 4, "width": 8, "auxiliary": 4, "pool_scales": (1, 2), "weights": tmp_path / "a.npz", "classes": 3}
+    model = keras_vit.BEiTSegmenter(input_shape=(16, 16, 3), **options)
+    for head in ("head", "auxiliary_head"):
+        assert model.get_layer(head).kernel.shape[-1] == 3
+        assert not np.any(model.get_layer(head).kernel)
+    assert np.any(model.get_layer("levels_conv").conv.kernel)
+    small = keras_vit.BEiTSegmenter(input_shape=(16, 16, 3), **{**options, "classes": None, "auxiliary": None})
+    assert sorted(small.weights_info["ignored"])[0].startswith("state_dict/auxiliary_head.")
+
+
+@pytest.mark.parametrize("old, new", [(5, 3), (4, 4), (2, 3), (1, 6), (10, 6)])
+def test_adaptive_pooling_averages_areas_that_cover_the_image(old, new):
+    image = np.random.default_rng(0).normal(size=(1, old, old + 1, 2)).astype("float32")
+    got = keras.ops.convert_to_numpy(AdaptivePooling(new)(image))
+    for i in range(new):
+        for j in range(new):
+            rows = slice(i * old // new, -(-(i + 1) * old // new))
+            columns = slice(j * (old + 1) // new, -(-(j + 1) * (old + 1) // new))
+            np.testing.assert_allclose(got[0, i, j], image[0, rows, columns].mean((0, 1)), atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [masked, segmenter])
+def test_a_training_step_of_other_tasks_reaches_every_weight_and_the_model_reloads(tmp_path, make):
+    model = make()
+    mask = np.arange(32).reshape(2, 4, 4) % 2 == 0
+    x = [images(), mask] if make is masked else images()
+    losses = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.SGD(1.0), losses if make is masked else {"logits": losses, "auxiliary": losses})
+    shapes = {"logits": (2, 16, 16), "auxiliary": (2, 4, 4)}
+    labels = np.random.default_rng(0).integers(5, size=(2, 16, 16))
+    y = labels[:, 0] if make is masked else {name: labels[:, :h, :w] for name, (_, h, w) in shapes.items()}
+    before = {name: np.array(weight) for name, weight in named_weights(model).items()}
+    model.train_on_batch(x, y)
+    for name, weight in named_weights(model).items():
+        if not (name.startswith("pyramid_") and name.endswith("/bias")):  # the batch norm behind takes them out again
+            assert np.abs(np.array(weight) - before[name]).max() > 1e-8, name
+    model.save(tmp_path / "a.keras")
+    again = keras.saving.load_model(tmp_path / "a.keras")
+    first, second = (keras.tree.flatten(each.predict_on_batch(x)) for each in (model, again))
+    for a, b in zip(first, second):
+        np.testing.assert_allclose(a, b, atol=1e-6)

@@ -104,7 +104,7 @@ def counted(model):
         "resmlp",
         "cait",
         "metaformer",
-    ],
+    ],  # fmt: skip
 )
 def test_costs_are_those_of_the_graph(build):
     model = build()

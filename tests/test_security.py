@@ -263,11 +263,18 @@ def test_a_wheel_is_the_same_every_time(tmp_path):  # [S5]
     assert found[0] == found[1]
 
 
+PLACES = (
+    "gs://(vit_models|mixer_models|gresearch|big_vision)", "hf://(microsoft|timm)", "https://github.com/addf400/files/releases",
+    "https://github.com/SHI-Labs/Compact-Transformers", "https://shi-labs.com/projects/cct",
+)  # fmt: skip
+
+
 def test_every_published_file_has_a_known_place_and_a_size_where_one_is_published():  # [S6]
     """No sha256 of them is published: that of the first download is recorded and demanded ever after (rows D3 and D18)."""
     rows = [(row.name, tag, record) for row in zoo.VARIANTS.values() for tag, record in row.weights.items()]
     assert len(rows) > 100
     for name, tag, record in rows:
-        assert re.fullmatch(r"gs://(vit_models|mixer_models|gresearch|big_vision)/[\w./+-]+\.npz", record.source), (name, tag)
+        place = rf"({'|'.join(PLACES)})/[\w./+-]+\.(npz|pth(\.tar|\.zip)?|bin|safetensors)"
+        assert re.fullmatch(place, record.source), (name, tag)
         assert record.licence and (record.size is None or record.size > 2**20), (name, tag)
     assert sum(record.size is not None for *_, record in rows) > 30

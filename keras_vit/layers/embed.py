@@ -64,6 +64,23 @@ def resampled(x, rows, columns):
 
 
 @keras.saving.register_keras_serializable("keras_vit")
+class MaskToken(keras.layers.Layer):
+    """[(b, h, w, d), (b, h, w)] -> (b, h, w, d): one learned token in the place of each masked patch (arXiv 2106.08254)."""
+
+    def build(self, input_shape):
+        normal = keras.initializers.TruncatedNormal(stddev=0.02)
+        self.token = self.add_weight(shape=(input_shape[0][-1],), initializer=normal, name="token")
+
+    def call(self, inputs):
+        x, hidden = inputs
+        hidden = ops.cast(hidden, x.dtype)[..., None]
+        return x * (1 - hidden) + ops.cast(self.token, x.dtype) * hidden
+
+    def compute_output_shape(self, input_shape):
+        return input_shape[0]
+
+
+@keras.saving.register_keras_serializable("keras_vit")
 class Tokens(keras.layers.Layer):
     """(b, h, w, d) -> (b, n, d): rows of the grid one after the other, a class token before them, plus positions.
 

@@ -18,6 +18,7 @@ from keras import ops
 
 from keras_vit import zoo
 from keras_vit.errors import ArgumentError, DataError
+from keras_vit.layers import MaskToken
 from keras_vit.training.objectives import Objective, Seen, pixels_of
 
 _STREAM = 200  # of random numbers under one seed, apart from those of `data.pipeline`
@@ -158,23 +159,6 @@ class Hidden(keras.layers.Layer):
 
     def get_config(self):
         return {**super().get_config(), "grid": self.grid}
-
-
-@keras.saving.register_keras_serializable("keras_vit")
-class MaskToken(keras.layers.Layer):
-    """[(b, h, w, d), (b, h, w)] -> (b, h, w, d): one learned token in the place of every masked patch."""
-
-    def build(self, input_shape):
-        normal = keras.initializers.TruncatedNormal(stddev=0.02)
-        self.token = self.add_weight(shape=(input_shape[0][-1],), initializer=normal, name="token")
-
-    def call(self, inputs):
-        x, hidden = inputs
-        hidden = ops.cast(hidden, x.dtype)[..., None]
-        return x * (1 - hidden) + ops.cast(self.token, x.dtype) * hidden
-
-    def compute_output_shape(self, input_shape):
-        return input_shape[0]
 
 
 @keras.saving.register_keras_serializable("keras_vit")
