@@ -107,9 +107,10 @@ def _flattened(config, prefix=""):
 
 
 def use_row(config, row):
-    """Sets `model_type` and `model` of a configuration to a row of the registry, called as the original calls it."""
-    config.model_type = "ViT" if row.family.name == "Hybrid" else row.family.name
-    config.model = model_config(next(iter(row.upstream), row.name), row.family.name, **row.arguments)
+    """Sets what a configuration says of its model to a row of the registry, called as the original calls it."""
+    config.model_type, given = "ViT" if row.family.name == "Hybrid" else row.family.name, dict(row.arguments)
+    config.stochastic_depth_rate = given.pop("stochastic_depth_rate", config.stochastic_depth_rate)
+    config.model = model_config(next(iter(row.upstream), row.name), row.family.name, **given)
 
 
 def find_row(name, rows):
