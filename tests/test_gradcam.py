@@ -3,6 +3,9 @@
 import functools
 import importlib.util
 import os
+import pathlib
+import re
+import runpy
 import subprocess
 import sys
 
@@ -12,7 +15,7 @@ import pytest
 from conftest import randomise
 
 import keras_vit
-from keras_vit import errors, zoo
+from keras_vit import console, errors, zoo
 from keras_vit.explain import gradcam as explain
 
 SIZE = (16, 24, 3)
@@ -210,3 +213,24 @@ def test_an_overlay_keeps_the_image_where_the_map_is_0_and_is_stored_as_it_is(tm
             explain.save_png(tmp_path / path, mixed)
     with pytest.raises(errors.ArgumentError, match="one map"):
         explain.overlay(image, heat[None])
+
+
+def test_the_page_on_explaining_works_as_it_says(vit, tmp_path, monkeypatch, capsys):
+    page = (pathlib.Path(__file__).parents[1] / "docs" / "explain.md").read_text()
+    command, snippet = re.findall(r"<!-- snippet: .*? -->\n```\w+\n(.*?)```\n", page, re.DOTALL)
+    assert page.count("\n```") == 6  # both, and the command that makes the pictures
+    for picture in re.findall(r"\]\((.*?\.png)\)", page):
+        assert (pathlib.Path(__file__).parents[1] / "docs" / picture).stat().st_size < 150_000
+    monkeypatch.chdir(tmp_path)
+    vit.save("vit.keras")
+    keras.utils.save_img("flower.jpg", np.random.default_rng(0).integers(0, 256, (40, 60, 3)), scale=False)
+    for said, done in (('keras_vit.ViT_B16(weights="imagenet")', 'keras.saving.load_model("vit.keras")'), ("[985]", "[2]")):
+        assert said in snippet
+        snippet = snippet.replace(said, done)
+    pathlib.Path("snippet.py").write_text(f"import keras\n{snippet}")
+    left = runpy.run_path("snippet.py")
+    assert left["maps"].shape == (1, *SIZE[:2]) and left["layer"] == "block_1/attention_norm"
+    assert keras.utils.load_img("flower-985.png").size == (60, 40)
+    name, *words = command.replace("ViT_B16", "vit.keras").replace("985", "2").split()
+    assert name == "keras-vit" and console.main(words) == 0
+    assert keras.utils.load_img("flower-gradcam.png").size == SIZE[1::-1] and "block_1" in capsys.readouterr().out

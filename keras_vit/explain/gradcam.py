@@ -49,8 +49,8 @@ def gradcam(model, images, classes=None, layer=None):
     where nothing speaks for the class. Class and distillation tokens have no place in it.
 
     Args:
-        model: a functional classifier with a layer `head` whose output are the logits, as all of this package. No other thread
-            may use it meanwhile.
+        model: a functional classifier whose logits `zoo.logits` finds, as all of this package. No other thread may use it
+            meanwhile.
         images: (b, H, W, 3) as the model takes them.
         classes: a number for all images or one for each; by default the class of the highest score.
         layer: whose output to take: a layer of the model, such as "stage_3_unit_9", or one inside a block, such as
@@ -93,14 +93,15 @@ def _find(model, layer, asked):
     if not getattr(model, "inputs", None):
         raise ArgumentError(f"{asked}: expected a functional keras.Model, got {type(model).__name__}.")
     whole = keras.Model(model.inputs, model.outputs, name=model.name)  # a Sequential has no nodes of its own
-    if "head" not in {each.name for each in whole.layers}:
+    logits = zoo.logits(whole)
+    if logits is None:
         raise ArgumentError(
             f"{asked}: has no layer 'head', whose output are the scores of the classes; build it with include_top=True."
         )
-    logits, kernel = zoo.tap(whole, "head"), getattr(whole.get_layer("head"), "kernel", None)
+    kernels = [each.kernel for each in whole.layers if each.name in zoo.HEADS and hasattr(each, "kernel")]
     if len(logits.shape) != 2:
         raise ArgumentError(f"{asked}: expected a head of (b, classes), got {logits.shape}; it must read one vector an image.")
-    if kernel is not None and not load.to_numpy(kernel).any():
+    if kernels and not any(load.to_numpy(kernel).any() for kernel in kernels):
         raise ArgumentError(
             f"{asked}: its head is all zeros and prefers no class. Use weights with a trained head, or fine-tune it first."
         )
@@ -281,7 +282,7 @@ def overlay(image, heat):
         raise ArgumentError(f"overlay: expected an image (H, W, 3) and one map (h, w), got {image.shape} and {heat.shape}.")
     heat = np.clip(_stretched(heat[None], image.shape[:2])[0], 0, 1)[..., None]
     colours = colormaps["turbo"](heat[..., 0])[..., :3] * 255
-    mixed = image + STRENGTH * heat**0.5 * (colours - image)  # the root lets small values be seen
+    mixed = image + STRENGTH * heat * (colours - image)
     return np.clip(np.round(mixed), 0, 255).astype("uint8")
 
 
