@@ -218,7 +218,7 @@ def test_an_overlay_keeps_the_image_where_the_map_is_0_and_is_stored_as_it_is(tm
 def test_the_page_on_explaining_works_as_it_says(vit, tmp_path, monkeypatch, capsys):
     page = (pathlib.Path(__file__).parents[1] / "docs" / "explain.md").read_text()
     command, snippet = re.findall(r"<!-- snippet: .*? -->\n```\w+\n(.*?)```\n", page, re.DOTALL)
-    assert page.count("\n```") == 6, "two snippets and the command of the pictures, which is not run here"
+    assert page.count("\n```") == 6  # both, and the command that makes the pictures
     for picture in re.findall(r"\]\((.*?\.png)\)", page):
         assert (pathlib.Path(__file__).parents[1] / "docs" / picture).stat().st_size < 150_000
     monkeypatch.chdir(tmp_path)

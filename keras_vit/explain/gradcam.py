@@ -282,7 +282,7 @@ def overlay(image, heat):
         raise ArgumentError(f"overlay: expected an image (H, W, 3) and one map (h, w), got {image.shape} and {heat.shape}.")
     heat = np.clip(_stretched(heat[None], image.shape[:2])[0], 0, 1)[..., None]
     colours = colormaps["turbo"](heat[..., 0])[..., :3] * 255
-    mixed = image + STRENGTH * heat**0.5 * (colours - image)  # the root lets small values be seen
+    mixed = image + STRENGTH * heat * (colours - image)
     return np.clip(np.round(mixed), 0, 255).astype("uint8")
 
 
