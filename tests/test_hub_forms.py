@@ -65,9 +65,14 @@ def images(batch, size=(32, 32)):
     return np.random.default_rng(batch).random((batch, *size, 3), np.float32)
 
 
-def expected(model, x, layer="head"):
-    """What the Keras model makes of images in [0, 1]."""
-    return keras.Model(model.inputs, zoo.tap(model, layer)).predict(Pixels().normalize(x * np.float32(255)), verbose=0)
+def pixels_of(model):
+    return Pixels.from_dict((getattr(model, "weights_info", None) or {}).get("preprocessing", {}))
+
+
+def expected(model, x, layer=None):
+    """What the Keras model makes of images in [0, 1]; its logits, or the output of a layer."""
+    tensor = zoo.tap(model, layer) if layer else zoo.logits(model)
+    return keras.Model(model.inputs, tensor).predict(pixels_of(model).normalize(x * np.float32(255)), verbose=0)
 
 
 def assert_close(got, wanted, tolerance=1e-5):
@@ -191,7 +196,7 @@ def test_threads_get_equal_answers_and_memory_does_not_grow(tmp_path):  # [E6]
     assert resident() <= 1.05 * before
 
 
-@pytest.mark.parametrize("name", ["ViT_mu", "Hybrid_mu", "FlexiViT_mu", "ViT_mu_bv"])
+@pytest.mark.parametrize("name", ["ViT_mu", "Hybrid_mu", "FlexiViT_mu", "ViT_mu_bv", "DeiT_mu"])
 def test_a_module_of_any_size_is_the_model_that_was_loaded_for_that_size(name, tmp_path):
     model = randomise(keras_vit.create_model(name, weights=None, classes=5))
     keras_vit.save_npz(model, tmp_path / "weights.npz")
@@ -204,8 +209,8 @@ def test_a_module_of_any_size_is_the_model_that_was_loaded_for_that_size(name, t
             assert_close(found.numpy(), expected(at_size, x))
     contents = encoded((57, 40), "PNG")
     served = loaded.signatures["serving_bytes"](image_bytes=tf.constant([contents]))["logits"].numpy()
-    prepared = pipeline.eval_image(pipeline.decode(tf.constant(contents)), 32)[None]
-    assert_close(served, keras.Model(model.inputs, zoo.tap(model, "head")).predict(prepared, verbose=0))
+    prepared = pipeline.eval_image(pipeline.decode(tf.constant(contents)), 32, pixels_of(model))[None]
+    assert_close(served, keras.Model(model.inputs, zoo.logits(model)).predict(prepared, verbose=0))
     sizes = verify(path)["sizes"]
     for size in ((0, 0), (4, 4), (33, 40), (136, 32)):
         allowed = all(

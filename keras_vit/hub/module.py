@@ -58,14 +58,16 @@ def export(model, path, *, task="classification", input_range="unit", dtype=None
         model: a functional `keras.Model` with one image input of fixed size. `model.weights_info` says how it wants its pixels
             ("preprocessing", a `Pixels.asdict()`; [-1, 1] without a record; 0..255 where "include_preprocessing" is true).
         path: a local folder: new, empty, or an earlier module.
-        task: "classification" gives the output of layer "head", the logits (batch, classes) before their activation;
-            "feature_vector" what that layer reads, or the output of a model without it, (batch, width); "tokens" the sequence
-            after the last norm (batch, n, width), a class token first where there is one.
+        task: "classification" gives the logits (batch, classes) before their activation, the output of layer "head", or of
+            "logits" where that is the mean of two heads; "feature_vector" what "head" reads, or the output of a model without
+            it, (batch, width); "tokens" the sequence after the last norm (batch, n, width), a class token first where there is
+            one.
         input_range: "unit" for [0, 1], the convention of TF-Hub; "minus1_1" for modules that replace one taking [-1, 1].
         dtype: the policy it computes in, "float32", "mixed_bfloat16" or "mixed_float16"; None for the model's own. Weights and
             head are float32 in each.
-        image_size: "fixed" is the model's own; "any" takes any height and width (of ViT, its hybrids, and FlexiViT at its patch
-            size), positions being resampled in the graph as loading a checkpoint does; sides up to 4 times the model's own.
+        image_size: "fixed" is the model's own; "any" takes any height and width, where the weights do (not Mixer's and ResMLP's;
+            FlexiViT's at its patch size), positions being resampled in the graph as loading a checkpoint does; sides up to 4
+            times the model's own.
         card: whether to write a model card into the module, in the formats of TF-Hub (tfhub.md) and Hugging Face (README.md); or
             a dict of what the model does not know of itself: see `keras_vit.hub.card.write`.
 
