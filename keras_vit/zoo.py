@@ -43,6 +43,8 @@ class Family:
         any_size: model -> ((h, w), (h, w)) of its smallest image and of the steps to larger ones, where its weights fit images of
             any size; None by default, and where they do not.
         pixels: the preprocessing of models whose weights come from no published file.
+        pyramid: model -> {n: name of the layer that gives features 2**n times smaller than the image}; {} by default, and where
+            all features are of one size.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Family:
     written: object = None
     any_size: object = lambda model: None
     pixels: Pixels = Pixels()
+    pyramid: object = lambda model: {}
 
     def __post_init__(self):
         FAMILIES[self.name] = self
