@@ -45,6 +45,8 @@ class Family:
         pixels: the preprocessing of models whose weights come from no published file.
         classifies: whether its models give an image's scores of classes, or without top its features, as training, modules and
             benchmarks take them.
+        pyramid: model -> {n: name of the layer that gives features 2**n times smaller than the image}; {} by default, and where
+            all features are of one size.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Family:
     any_size: object = lambda model: None
     pixels: Pixels = Pixels()
     classifies: bool = True
+    pyramid: object = lambda model: {}
 
     def __post_init__(self):
         FAMILIES[self.name] = self

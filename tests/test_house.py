@@ -32,6 +32,7 @@ ALLOWED = {
     "training": (*LEVEL_1, "data", "training", "evaluation"),
     "evaluation": (*LEVEL_1, "data", "evaluation"),
     "explain": (*LEVEL_1, "data", "explain"),
+    "dense": (*LEVEL_1, "dense"),
     "hub": (*LEVEL_1, "data", "explain/cost", "hub"),
     "__init__": ("",),
     "configs": ("",),

@@ -261,6 +261,15 @@ def _any_size(model):
     return _smallest(model.get_layer("patches").kernel_size, _stride(stages)), (1, 1)
 
 
+def _pyramid(model):
+    """Each stage's last unit; a root alone is no pyramid."""
+    last = {}
+    for layer in model.layers:
+        if isinstance(layer, ResNetUnit):
+            last[int(layer.name.split("_")[1]) + 1] = layer.name
+    return last
+
+
 FAMILY = Family(
     "Hybrid",
     layouts=layouts(),
@@ -268,6 +277,7 @@ FAMILY = Family(
     grid=lambda model: model.get_layer("tokens").grid,
     sizes=_sizes,
     any_size=_any_size,
+    pyramid=_pyramid,
 )
 
 # Stages: configs/models.py of the original, as is the dropout of R50+B/16 and R50+L/32; sizes of the transformer are ViT's.

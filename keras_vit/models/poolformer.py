@@ -6,6 +6,7 @@ Weights: sail-sg/poolformer, release v1.0.
 import collections
 import dataclasses
 import math
+import re
 
 import keras
 from keras import ops
@@ -456,7 +457,24 @@ def _pixels(crop_fraction):
     return dataclasses.replace(IMAGENET, crop_fraction=crop_fraction)
 
 
-FAMILY = Family("PoolFormer", layouts=_layouts(), sizes=_sizes, written=_written, any_size=_any_size, pixels=_pixels(0.9))
+def _pyramid(model):
+    """Each stage's norm where it has one, else its last block."""
+    last = {}
+    for layer in model.layers:
+        if found := re.fullmatch(r"stage_(\d+)_(block_\d+|norm)", layer.name):
+            last[int(found[1]) + 2] = layer.name
+    return last
+
+
+FAMILY = Family(
+    "PoolFormer",
+    layouts=_layouts(),
+    sizes=_sizes,
+    written=_written,
+    any_size=_any_size,
+    pixels=_pixels(0.9),
+    pyramid=_pyramid,
+)
 
 # Table 1; starts of the scales: models/poolformer.py of the original
 MU = dict(width=(16, 24, 32, 48), depth=(1, 1, 2, 1), mlp=(64, 96, 128, 192))
