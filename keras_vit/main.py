@@ -45,7 +45,7 @@ from keras_vit.data.augment import LEVELS, augreg_level, shifted
 from keras_vit.data.pixels import Pixels
 from keras_vit.evaluation import classify, speed
 from keras_vit.evaluation.sample import training_sample
-from keras_vit.training import callbacks, finetune, masked, objectives, optimizers, report, state, strategy
+from keras_vit.training import callbacks, dvae, finetune, masked, objectives, optimizers, report, state, strategy
 from keras_vit.training.losses import SigmoidCrossEntropy
 from keras_vit.training.metrics import Metrics
 from keras_vit.training.schedules import DECAYS, WarmupDecay
@@ -62,7 +62,7 @@ _BATCH = 32  # images that the module and the model are given at once
 _CHUNK = 2**28  # numbers in the images sent to the other process at once: 1 GiB
 
 _CHOICES = dict(
-    trainer=("train", "masked"),
+    trainer=("train", "masked", "tokenizer"),
     augment=("crop_flip", "shift", "none"),
     augreg=tuple(LEVELS),
     decay_type=DECAYS,
@@ -144,7 +144,7 @@ def check_config(config):
         raise errors.ConfigError("config.dataset is not set; pass --config.dataset= 'digits', a folder or a TFDS name.")
     if config.model is None or config.pp is None:
         raise errors.ConfigError("config.model or config.pp is not set; start from vit.py:MODEL,DATASET, augreg.py or digits.py.")
-    models.arguments(config)
+    _arguments(config)
     if config.position_stddev is not None and config.model_type == "Mixer":
         raise errors.ConfigError("config.position_stddev is for models with positions, which a Mixer has not; leave it out.")
     if config.batch % config.accum_steps:
@@ -158,7 +158,7 @@ def check_config(config):
             f"level of RandAugment beside it, got config.augreg={config.augreg!r}: these are two kinds of RandAugment."
         )
     _check_distillation(config)
-    if config.trainer == "masked":
+    if config.trainer != "train":
         _check_masked(config)
     if config.steps_on_device > 1:
         for key in ("total_steps", "eval_every", "progress_every", "checkpoint_every"):
@@ -167,7 +167,7 @@ def check_config(config):
                     f"config.{key} must be a multiple of config.steps_on_device, got {config[key]} and {config.steps_on_device}."
                 )
     if config.remat and keras.config.backend() != "jax":
-        used = [key for key, value in models.arguments(config).items() if key.endswith(("dropout_rate", "depth_rate")) and value]
+        used = [key for key, value in _arguments(config).items() if key.endswith(("dropout_rate", "depth_rate")) and value]
         if used or config.two_pass != "none":
             raise errors.ConfigError(
                 f"config.remat on {keras.config.backend()} would draw other dropout masks when it computes a block again, and "
@@ -185,8 +185,6 @@ def _check_distillation(config):
     given = config.distillation
     try:
         objectives.check_distillation(given.type, given.tau, given.alpha)
-        if given.type != "none" and given.teacher:
-            teachers.find(given.teacher)
     except errors.ArgumentError as error:
         raise errors.ConfigError(f"config.distillation: {error}") from error
     if given.type != "none" and not given.teacher:
@@ -202,18 +200,34 @@ def _check_distillation(config):
         )
 
 
+def _find_teachers(config):
+    """Refuses a teacher or a tokenizer that is not there."""
+    words = {"distillation.teacher": config.distillation.teacher if config.distillation.type != "none" else ""}
+    if config.trainer == "masked":
+        words["masked.tokenizer"] = config.masked.tokenizer.removeprefix("pixels")
+    for key, word in words.items():
+        try:
+            if word:
+                teachers.find(word)
+        except errors.ArgumentError as error:
+            raise errors.ConfigError(f"config.{key}: {error}") from error
+
+
+def _arguments(config):
+    """The builder's keywords; none where the model is no registered one."""
+    return {} if config.trainer == "tokenizer" else models.arguments(config)
+
+
 def _check_masked(config):
-    given = config.masked
     try:
-        masked.Mask(given.ratio, given.least)
-        if given.tokenizer != "pixels":
-            teachers.find(given.tokenizer)
+        if config.trainer == "masked":
+            masked.Mask(config.masked.ratio, config.masked.least)
     except errors.ArgumentError as error:
         raise errors.ConfigError(f"config.masked: {error}") from error
     if config.distillation.type != "none" or config.mixup or config.cutmix or augreg_level(config.augreg)[2]:
         raise errors.ConfigError(
-            "config.trainer='masked' knows no labels: set config.distillation.type to 'none', config.mixup and cutmix to 0 "
-            "and config.augreg to a level without Mixup."
+            f"config.trainer={config.trainer!r} knows no labels: set config.distillation.type to 'none', config.mixup and "
+            "cutmix to 0 and config.augreg to a level without Mixup."
         )
 
 
@@ -281,7 +295,7 @@ def build_model(config, classes):
     """The model of `config.model` with a new head, and its pretrained weights, on `config.pp.crop` pixels."""
     path = pretrained_file(config)
     shape = (config.pp.crop, config.pp.crop, 3)
-    build, arguments = getattr(keras_vit, models.family(config)), models.arguments(config)
+    build, arguments = getattr(keras_vit, models.family(config)), _arguments(config)
     blocks = [f"block_{i}" for i in range(arguments["depth"])] if config.remat else []
     remat = keras.RematScope("list_of_layers", layer_names=blocks) if config.remat else contextlib.nullcontext()
     with remat:
@@ -330,7 +344,7 @@ def build_learner(config, model, teacher=None, graph=None):
     }[config.two_pass]
     given, objective, loss = config.distillation, None, LOSSES[config.loss](config.label_smoothing)
     if graph is not None:
-        inputs, outputs, objective, loss = graph.inputs, graph.outputs, masked.Outputs(graph), None
+        inputs, outputs, objective, loss = graph.inputs, graph.outputs, objectives.Outputs(graph), None
     else:
         inputs, outputs = model.inputs, zoo.logits(model)
         if given.type != "none" or any(layer.name == "head_distillation" for layer in model.layers):
@@ -392,10 +406,11 @@ def train(config, workdir):
     check_config(config)
     check_workdir(workdir)
     pretrained_file(config)  # before data are fetched
+    _find_teachers(config)
     place = strategy.open_strategy(config.strategy, model_axis=config.model_axis)
     place.check_precision(config.precision)
     place.check_batch(config.batch, config.accum_steps)
-    sizes = {key: size for key, size in models.arguments(config).items() if key == "heads" or key.endswith("mlp")}
+    sizes = {key: size for key, size in _arguments(config).items() if key == "heads" or key.endswith("mlp")}
     place.check_sizes(**{key: size for key, size in sizes.items() if isinstance(size, int)})
     profile = callbacks.profile_steps(config.profile, config.total_steps)
     keras.utils.set_random_seed(config.seed)
@@ -413,7 +428,7 @@ def train(config, workdir):
                     "installation."
                 )
         with place.guarded(workdir), place.scope():
-            model = build_model(config, training.num_classes)
+            model = task.model()
             learner, schedule = task.learner(model)
     finally:
         keras.config.set_dtype_policy(before)
@@ -447,7 +462,7 @@ def train(config, workdir):
                 journal.images(start, callbacks.viewable(first[0][:16], pixels))
             todo = finetune.Run(
                 total_steps=config.total_steps, batch=config.batch, schedule=schedule, journal=journal, metrics=metrics,
-                store=lambda: _store(model, workdir), checkpoints=checkpoints, about=about, start=start,
+                store=lambda: task.store(model, workdir), checkpoints=checkpoints, about=about, start=start,
                 preemption=preemption, blame=lambda step: _blame(config, training, step), place=place,
                 progress_every=config.progress_every, eval_every=config.eval_every, checkpoint_every=config.checkpoint_every,
                 steps_on_device=config.steps_on_device, profile=profile, multi_label=config.loss == "sigmoid", judge=task.judge,
@@ -468,7 +483,7 @@ def train(config, workdir):
                 journal.line(f"Accuracy on {config.train_sample} training images, as the test images are prepared: {share:.4f}")
                 if metrics:
                     metrics.write(config.total_steps, accuracy_train=share)
-            journal.line(f"Trained for {outcome.seconds:.1f} s; stored {workdir / 'model.keras'} and {workdir / 'model.npz'}.")
+            journal.line(f"Trained for {outcome.seconds:.1f} s; stored {workdir / 'model.keras'}.")
         place.close()
     return Trained(model, learner, training, test, outcome.evaluation, outcome.seconds, place, outcome.preempted_at)
 
@@ -492,6 +507,9 @@ class _Classifier:
             self.teacher.check(training.num_classes, f"config.dataset={config.dataset!r}")
         self.about = {"teacher": self.teacher.digest()} if self.teacher else {}
 
+    def model(self):
+        return build_model(self.config, self.training.num_classes)
+
     def learner(self, model):
         """(what is fitted, its schedule)."""
         return build_learner(self.config, model, None if self.config.distillation.cache else self.teacher)
@@ -512,6 +530,11 @@ class _Classifier:
 
     def tests(self, pixels):
         return _test_batches(self.config, self.test, pixels, self.config.batch_eval)
+
+    def store(self, model, workdir):
+        """Writes what people take away."""
+        _store_keras(model, workdir)
+        zoo.save_npz(model, workdir / "model.npz")
 
 
 class _Masked(_Classifier):
@@ -546,7 +569,26 @@ class _Masked(_Classifier):
         return masked.masked(super().tests(pixels), self.config.batch_eval, self.grid, self.mask, self.config.seed)
 
 
-_TASKS = {"train": _Classifier, "masked": _Masked}
+class _Tokenizer(_Classifier):
+    """A model that gives patches codes, learned by bringing back the images from them."""
+
+    judge = staticmethod(masked.judge)
+
+    def model(self):
+        given, side = self.config.dvae, self.config.pp.crop
+        return dvae.encoder((side, side, 3), given.patch_size, given.vocabulary, given.width, given.depth)
+
+    def learner(self, model):
+        config = self.config
+        steps = config.total_steps * config.accum_steps
+        graph = dvae.autoencoder(model, steps, divergence=config.dvae.divergence, seed=config.seed)
+        return build_learner(config, model, graph=graph)
+
+    def store(self, model, workdir):
+        _store_keras(model, workdir)
+
+
+_TASKS = {"train": _Classifier, "masked": _Masked, "tokenizer": _Tokenizer}
 
 
 @contextlib.contextmanager
@@ -611,10 +653,9 @@ def _count(source):
     return "an unknown number of" if source.num_examples is None else f"{source.num_examples:,}"
 
 
-def _store(model, workdir):
+def _store_keras(model, workdir):
     with files.replacing(workdir / "model.keras") as temporary:
         model.save(temporary)
-    zoo.save_npz(model, workdir / "model.npz")
 
 
 def export(config, trained, workdir):
@@ -664,13 +705,13 @@ def run(config, workdir, command=None):
         command: a shell's line that repeats the run, for the report.
 
     Returns:
-        The test accuracy of what came out last; None where the run was asked to end and saved. The test loss of masked
-        pre-training, images per second of `inference_time`.
+        The test accuracy of what came out last; None where the run was asked to end and saved. The test loss of what knows
+        no labels, images per second of `inference_time`.
     """
     if config.trainer == "inference_time" and "initial_steps" in config:
         return inference_time(config, workdir)
     trained = train(config, workdir)
-    if config.trainer == "masked":
+    if config.trainer != "train":
         return trained.evaluation and trained.evaluation.loss
     if trained.preempted_at is not None or not trained.place.chief:
         return trained.accuracy

@@ -1,5 +1,7 @@
 """Masked-image pre-training: how masks are drawn, what a model guesses, what is refused. On TensorFlow, JAX and PyTorch."""
 
+import json
+
 import keras
 import numpy as np
 import pytest
@@ -9,10 +11,12 @@ from conftest import randomise
 import keras_vit
 from keras_vit import errors, main, zoo
 from keras_vit.checkpoints.load import named_weights, to_numpy
-from keras_vit.configs import digits, mim
+from keras_vit.configs import digits, dvae, mim
 from keras_vit.data import pipeline
 from keras_vit.training import masked
-from keras_vit.training.masked import CodeTargets, Mask, Outputs, PixelTargets
+from keras_vit.training.dvae import Gumbel, encoder
+from keras_vit.training.masked import CodeTargets, Mask, PixelTargets
+from keras_vit.training.objectives import Outputs
 from keras_vit.training.optimizers import MomentumSGD
 from keras_vit.training.step import Learner
 
@@ -202,6 +206,43 @@ def test_the_values_are_beits():
     assert config.total_steps == round(800 * 1_268_355 / 2048)
     with pytest.raises(errors.ConfigError, match="mim.py expects MODEL,DATASET"):
         mim.get_config("b16")
+
+
+def test_a_discrete_autoencoder_learns_codes_that_pretraining_then_guesses(tmp_path):
+    config = dvae.get_config("8,digits")
+    small = {"total_steps": 12, "warmup_steps": 1, "batch": 16, "eval_every": 0, "dvae.vocabulary": 8, "dvae.width": 16}
+    config.update_from_flattened_dict(small)
+    assert main.run(config, tmp_path / "codes") > 0
+    lines = [json.loads(line) for line in (tmp_path / "codes" / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert losses[-1] < losses[0]
+    codes = keras.saving.load_model(tmp_path / "codes" / "model.keras")
+    assert codes.output_shape == (None, 4, 4, 8) and not (tmp_path / "codes" / "model.npz").exists()
+    config = mim.get_config("vit_mu,digits")
+    config.update_from_flattened_dict({"total_steps": 2, "warmup_steps": 1, "batch": 16, "eval_every": 0})
+    config.masked.tokenizer = str(tmp_path / "codes" / "model.keras")
+    assert main.run(config, tmp_path / "masked") == pytest.approx(np.log(8), abs=0.5)
+
+
+def test_codes_are_drawn_in_training_at_a_temperature_that_falls_and_are_the_best_otherwise():
+    logits = np.random.default_rng(0).standard_normal((400, 5)).astype("float32")
+    layer = Gumbel(steps=10)
+    best = to_numpy(layer(logits))
+    np.testing.assert_array_equal(best, np.eye(5)[logits.argmax(-1)])
+    sharpness = [to_numpy(layer(logits, training=True)).max(-1).mean() for _ in range(12)]
+    assert sharpness[0] < 0.8 < 0.95 < sharpness[-1]
+    often = np.mean([to_numpy(layer(logits, training=True)).argmax(-1) == logits.argmax(-1) for _ in range(20)])
+    expected = np.mean(np.exp(logits.max(-1)) / np.exp(logits).sum(-1))  # Gumbel's maximum draws from the softmax itself
+    assert often == pytest.approx(expected, abs=0.02)
+
+
+def test_an_autoencoder_that_cannot_be_is_refused():
+    with pytest.raises(errors.ArgumentError, match="at least 2 codes"):
+        encoder((8, 8, 3), 4, vocabulary=1)
+    with pytest.raises(errors.ArgumentError, match="images in whole patches"):
+        encoder((9, 8, 3), 4)
+    with pytest.raises(errors.ConfigError, match="dvae.py expects PATCH,DATASET"):
+        dvae.get_config("digits")
 
 
 def test_judging_takes_the_same_masks_each_time():

@@ -19,7 +19,7 @@ from keras import ops
 from keras_vit import zoo
 from keras_vit.errors import ArgumentError, DataError
 from keras_vit.layers import MaskToken
-from keras_vit.training.objectives import Objective, Seen, pixels_of
+from keras_vit.training.objectives import Seen, pixels_of
 
 _STREAM = 200  # of random numbers under one seed, apart from those of `data.pipeline`
 ATTEMPTS = 10  # boxes drawn for one block
@@ -332,29 +332,6 @@ def rewired(model, targets):
     graph = keras.Model(x, targets.losses(images, guesses, hidden), name=f"{model.name}_masked")
     graph.frozen = list(targets.frozen)
     return graph
-
-
-@keras.saving.register_keras_serializable("keras_vit")
-class Given(keras.losses.Loss):
-    """anything, (b, 1) -> (): the mean of the losses that the model itself gives."""
-
-    def call(self, y_true, y_pred):
-        return y_pred
-
-
-class Outputs(Objective):
-    """What a model gives is the loss of each image.
-
-    Args:
-        graph: the model, whose `frozen` models, if it has any, are not trained.
-    """
-
-    def __init__(self, graph):
-        self.frozen, self.mean = tuple(getattr(graph, "frozen", ())), Given()
-
-    def __call__(self, learner, x, y, weight):
-        losses = learner(x, training=True)
-        return self.mean(losses, losses, weight), losses
 
 
 @dataclasses.dataclass(frozen=True)

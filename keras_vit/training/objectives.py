@@ -1,4 +1,4 @@
-"""What a `Learner` minimises in place of its compiled loss alone. Here: distillation from a teacher (DeiT, arXiv 2012.12877).
+"""What a `Learner` minimises in place of its compiled loss alone, such as distillation from a teacher (DeiT, arXiv 2012.12877).
 
     teacher = Teacher(keras_vit.ViT_B16(), "ViT_B16", Pixels(), digest)
     learner = Learner(model.inputs, logits(model), objective=Distillation.of(model, "hard", alpha=0.5, teacher=teacher))
@@ -45,6 +45,29 @@ class Objective:
     def labels(self, y):
         """What of the targets of a batch are the labels of the compiled loss and metrics."""
         return y
+
+
+@keras.saving.register_keras_serializable("keras_vit")
+class Given(keras.losses.Loss):
+    """anything, (b, 1) -> (): the mean of the losses that the model itself gives."""
+
+    def call(self, y_true, y_pred):
+        return y_pred
+
+
+class Outputs(Objective):
+    """What a model gives is the loss of each image.
+
+    Args:
+        graph: the model, whose `frozen` models, if it has any, are not trained.
+    """
+
+    def __init__(self, graph):
+        self.frozen, self.mean = tuple(getattr(graph, "frozen", ())), Given()
+
+    def __call__(self, learner, x, y, weight):
+        losses = learner(x, training=True)
+        return self.mean(losses, losses, weight), losses
 
 
 # ---------------------------------------------------------------- distillation
