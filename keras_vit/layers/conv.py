@@ -79,7 +79,9 @@ class GroupNorm(keras.layers.Layer):
         return ops.cast(x * scale + self.beta, self.compute_dtype)
 
     def _mean(self, x):
-        """(b, h, w, c) -> (b, 1, 1, c): the mean over the image and over each channel's group."""
+        """(b, h, w, c) -> (b, 1, 1, c), or (b, 1, 1, 1) of one group: the mean over the image and over each channel's group."""
+        if self.groups == 1:
+            return ops.mean(ops.mean(x, axis=(1, 2), keepdims=True), axis=-1, keepdims=True)
         width = x.shape[-1]
         size = width // self.groups
         means = ops.mean(ops.reshape(ops.mean(x, axis=(1, 2)), (-1, self.groups, size)), axis=-1)
