@@ -1,3 +1,4 @@
+import gc
 import os
 import pathlib
 
@@ -19,6 +20,12 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.stem != "test_parity":
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
+def pytest_collection_finish():
+    """What the imports made stays, and every collection of garbage, such as that of `clear_session`, would search it again."""
+    gc.collect()
+    gc.freeze()
 
 
 def randomise(model, seed=0):

@@ -15,6 +15,7 @@ from conftest import randomise
 import keras_vit
 from keras_vit import zoo
 from keras_vit.checkpoints.load import named_weights
+from keras_vit.explain.cost import cost
 from keras_vit.explain.gradcam import gradcam
 
 # models_test.py of google-research/vision_transformer: parameters at 224 x 224 with 1,000 classes
@@ -99,19 +100,25 @@ def images(row, count=2):
     return np.random.default_rng(1).uniform(-1, 1, (count, *SMALL[row.family.name][0])).astype("float32")
 
 
+def computed(model, x):
+    """What a model makes of x: on JAX as one program, since it compiles each operation apart otherwise, elsewhere without XLA."""
+    return keras.tree.map_structure(keras.ops.convert_to_numpy, (model.predict_on_batch if JIT else model)(x))
+
+
 @functools.cache
 def at_full_size(name):
-    """{our weight name: shape} of a variant, made without its memory."""
+    """({our weight name: shape}, multiply-adds) of a variant, made once and without its memory."""
     with keras.StatelessScope(initialize_variables=False):
         model = zoo.VARIANTS[name].build(weights=None)
-    shapes = {name: tuple(weight.shape) for name, weight in named_weights(model).items()}
+    shapes, macs = {name: tuple(weight.shape) for name, weight in named_weights(model).items()}, cost(model).macs
     keras.utils.clear_session()  # else the next step that traces a graph allocates all these variables
-    return shapes
+    return shapes, macs
 
 
 @each_variant
-def test_parameter_count_is_exact(row):
-    assert sum(map(math.prod, at_full_size(row.name).values())) == row.params
+def test_parameters_and_multiply_adds_are_exact(row):
+    shapes, macs = at_full_size(row.name)
+    assert (sum(map(math.prod, shapes.values())), macs) == (row.params, row.macs)
     for name in set(row.upstream) & set(ORIGINAL_SIZES):
         assert row.params == ORIGINAL_SIZES[name]
 
@@ -124,7 +131,7 @@ def test_every_model_of_the_original_table_is_registered():
 def test_every_weight_has_one_name_in_every_layout_and_every_name_leads_back(row):
     for layout, names in row.family.layouts.items():
         seen = set()
-        for ours, shape in at_full_size(row.name).items():
+        for ours, shape in at_full_size(row.name)[0].items():
             written = names.to_original(ours)
             staged = row.family.name == "PoolFormer" and "_positions/" in ours
             if staged and not layout.endswith(f"-positions-{ours.split('_')[1]}"):
@@ -151,7 +158,8 @@ def test_output_is_a_distribution_over_classes(row):
 def test_a_training_step_reaches_every_weight(row):
     model = shrunk(row, classifier_activation=None, **({"dropout_rate": 0.0} if takes(row, "dropout_rate") else {}))
     before = {name: np.array(weight) for name, weight in named_weights(model).items()}
-    model.compile(keras.optimizers.SGD(1.0), keras.losses.CategoricalCrossentropy(from_logits=True), jit_compile=JIT)
+    loss = keras.losses.CategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.SGD(1.0), loss, jit_compile=JIT, run_eagerly=not JIT)
     model.train_on_batch(images(row), np.eye(5, dtype="float32")[[1, 3]])
     for name, weight in named_weights(model).items():
         moved = np.abs(np.array(weight) - before[name])
@@ -178,16 +186,16 @@ def test_features_and_what_lies_inside_blocks_are_tapped_from_the_same_graph(row
     later = model.get_layer(block(row, 1))
     taps = {tap: later(later.input, tap=tap) for tap in later.TAPS}
     outputs = {**taps, "features": model.get_layer(block(row, 0)).output, "logits": zoo.logits(model)}
-    got = keras.Model(model.input, outputs).predict_on_batch(images(row))
+    again = {tap: zoo.tap(model, f"{later.name}/{tap}") for tap in later.TAPS}
+    got, again = (computed(keras.Model(model.input, each), images(row)) for each in (outputs, again))
     for tap in later.TAPS:
-        again = keras.Model(model.input, zoo.tap(model, f"{later.name}/{tap}")).predict_on_batch(images(row))
-        np.testing.assert_allclose(again, got[tap], atol=1e-6)
+        np.testing.assert_allclose(again[tap], got[tap], atol=1e-6)
     tokens = math.prod(got["mlp"].shape[1:-1]) if "mlp" in got else None
     if "scores" in taps:
         assert got["scores"].shape == (2, later.heads, tokens, tokens)
         np.testing.assert_allclose(got["scores"].sum(axis=-1), 1, atol=1e-5)
     exp = np.exp(got["logits"] - got["logits"].max(axis=1, keepdims=True))
-    np.testing.assert_allclose(exp / exp.sum(axis=1, keepdims=True), model.predict_on_batch(images(row)), atol=1e-6)
+    np.testing.assert_allclose(exp / exp.sum(axis=1, keepdims=True), computed(model, images(row)), atol=1e-6)
 
 
 @each_wiring
@@ -210,7 +218,7 @@ def test_mixed_bfloat16_is_finite_and_close_with_softmax_and_logits_in_float32(r
     assert zoo.tap(mixed, block(row, 0)).dtype == "bfloat16"
     if "scores" in mixed.get_layer(block(row, 1)).TAPS:
         assert zoo.tap(mixed, f"{block(row, 1)}/scores").dtype == "float32"
-    got, expected = mixed.predict_on_batch(images(row)), model.predict_on_batch(images(row))
+    got, expected = computed(mixed, images(row)), computed(model, images(row))
     assert np.isfinite(got).all()
     np.testing.assert_allclose(got, expected, atol=0.03 * np.abs(expected).max())
     assert gradcam(mixed, images(row)).layer == gradcam(model, images(row)).layer
@@ -220,7 +228,7 @@ def test_mixed_bfloat16_is_finite_and_close_with_softmax_and_logits_in_float32(r
 def test_flash_attention_gives_the_numbers_of_the_matrix_products(row):
     if not takes(row, "flash_attention"):
         pytest.skip("a family without attention")
-    flash, plain = (shrunk(row, flash_attention=flash).predict_on_batch(images(row)) for flash in (True, False))
+    flash, plain = (computed(shrunk(row, flash_attention=flash), images(row)) for flash in (True, False))
     np.testing.assert_allclose(flash, plain, atol=1e-6)
 
 
@@ -229,7 +237,7 @@ def test_saved_models_reload_in_a_process_that_only_imports_keras_vit(tmp_path):
         rates = {rate: 0.1 for rate in ("dropout_rate", "stochastic_depth_rate") if takes(row, rate)}
         model = shrunk(row, **rates)
         model.save(tmp_path / f"{row.name}.keras")
-        np.save(tmp_path / f"{row.name}.npy", model.predict_on_batch(images(row)))
+        np.save(tmp_path / f"{row.name}.npy", computed(model, images(row)))
         np.save(tmp_path / f"{row.name}.images.npy", images(row))
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy("mixed_bfloat16")
@@ -240,6 +248,7 @@ def test_saved_models_reload_in_a_process_that_only_imports_keras_vit(tmp_path):
     np.save(tmp_path / "mixed.images.npy", images(zoo.VARIANTS["ViT_mu"]))
     child = """
 import pathlib, sys
+import keras
 import numpy as np
 import keras_vit
 from keras.saving import load_model
@@ -247,7 +256,8 @@ from keras_vit.zoo import FAMILIES
 folder = pathlib.Path(sys.argv[1])
 for path in sorted(folder.glob("*.keras")):
     model = load_model(path)
-    scores = model.predict_on_batch(np.load(path.with_suffix(".images.npy")))
+    call = model.predict_on_batch if keras.config.backend() == "jax" else model
+    scores = keras.ops.convert_to_numpy(call(np.load(path.with_suffix(".images.npy"))))
     assert model.family and model.weights_info["preprocessing"] == FAMILIES[model.family].pixels.asdict()
     if path.stem == "mixed":
         assert model.get_layer("block_0").compute_dtype == "bfloat16" and np.isfinite(scores).all()

@@ -75,6 +75,11 @@ class MixerBlock(keras.layers.Layer):
         b, n, d = input_shape
         return self.token_mixing.multiply_adds((b, d, n)) + self.channel_mixing.multiply_adds(input_shape)
 
+    def compute_output_spec(self, x, tap=None):  # else Keras traces each block when a model is built
+        check_tap(self, tap)
+        b, n, d = x.shape
+        return keras.KerasTensor((b, d, n) if tap == "token_mixing" else (b, n, d), dtype=self.compute_dtype)
+
 
 @builder
 def Mixer(
