@@ -46,7 +46,7 @@ def test_new_norms_are_those_of_the_authors_pyramid(tmp_path):
         parts = weight.path.split("/")
         stage = parts[0].removeprefix("stage_").partition("_")
         source = normed.get_layer(f"P{int(stage[0]) + 2}_norm" if stage[2] == "norm" else parts[0])
-        weight.assign(next(w for w in source.weights if w.path.split("/")[1:] == parts[1:]))
+        weight.assign(to_numpy(next(w for w in source.weights if w.path.split("/")[1:] == parts[1:])))
     x = images(model)
     expected = forked.predict_on_batch(x)
     for level, value in normed.predict_on_batch(x).items():

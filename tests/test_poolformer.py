@@ -9,6 +9,7 @@ import keras_vit
 from keras_vit import errors, zoo
 from keras_vit.checkpoints.files import open_file
 from keras_vit.checkpoints.load import to_numpy
+from keras_vit.layers import GroupNorm
 from keras_vit.models import poolformer
 
 SIZE = dict(width=(8, 8, 16, 16), depth=(1, 2, 1, 1), mlp=(12, 12, 16, 16))
@@ -69,6 +70,14 @@ def test_a_random_mixer_gives_every_place_shares_of_all_and_is_not_trained():
     assert shares.min() > 0 and shares.std() > 0
     assert mixer.trainable_variables == []
     assert not any(weight is mixer.kernel for weight in model.trainable_variables)
+
+
+@pytest.mark.parametrize("size", [(5, 4), (1, 1)])
+def test_a_norm_of_one_group_is_over_all_numbers_of_an_image(size):
+    x, norm = 100 + normal(2, *size, 12), GroupNorm(1, 1e-5)
+    expected = x.astype("float64") - x.mean(axis=(1, 2, 3), keepdims=True, dtype="float64")
+    expected /= np.sqrt((expected**2).mean(axis=(1, 2, 3), keepdims=True) + 1e-5)
+    np.testing.assert_allclose(applied(norm, x), expected, atol=1e-4)
 
 
 def test_stages_of_odd_sizes_round_as_the_originals_convolutions_do():
