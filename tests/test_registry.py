@@ -232,6 +232,14 @@ def test_flash_attention_gives_the_numbers_of_the_matrix_products(row):
     np.testing.assert_allclose(flash, plain, atol=1e-6)
 
 
+@each_wiring
+def test_a_layers_configuration_has_all_arguments_of_its_constructor(row):
+    for layer in shrunk(row).layers:
+        if type(layer).__module__.startswith("keras_vit"):
+            arguments = set(inspect.signature(type(layer).__init__).parameters) - {"self", "kwargs"}
+            assert arguments <= set(layer.get_config()), (layer.name, arguments - set(layer.get_config()))
+
+
 def test_saved_models_reload_in_a_process_that_only_imports_keras_vit(tmp_path):
     for row in WIRINGS:
         rates = {rate: 0.1 for rate in ("dropout_rate", "stochastic_depth_rate") if takes(row, rate)}

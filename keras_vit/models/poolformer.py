@@ -250,7 +250,9 @@ class MetaFormerBlock(keras.layers.Layer):
         return self.mlp.multiply_adds(input_shape) + (own(input_shape) if own else collections.Counter())
 
     def get_config(self):
-        return {**super().get_config(), "mlp": self.mlp_width, "mixer": self.kind}
+        kept = ("norm", "dropout_rate", "drop_path_rate", "layer_scale", "pool_size", "head_size", "flash_attention")
+        config = {"mlp": self.mlp_width, "mixer": self.kind, **{name: getattr(self, name) for name in kept}}
+        return {**super().get_config(), **config}
 
     def compute_output_spec(self, x, tap=None):
         check_tap(self, tap)

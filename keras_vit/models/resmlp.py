@@ -84,6 +84,11 @@ class ResMLPBlock(keras.layers.Layer):
         _, n, d = input_shape
         return collections.Counter(linear=n * n * d) + self.channel_mixing.multiply_adds(input_shape)
 
+    def compute_output_spec(self, x, tap=None):  # else Keras traces each block when a model is built
+        check_tap(self, tap)
+        b, n, d = x.shape
+        return keras.KerasTensor((b, d, n) if tap == "token_mixing" else (b, n, d), dtype=self.compute_dtype)
+
 
 @builder
 def ResMLP(
