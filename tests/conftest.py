@@ -28,6 +28,13 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def toys(*quick):
+    """Parameters: the toy of every registered family; all but the `quick` ones are for the slow tests."""
+    import keras_vit
+
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in keras_vit.list_models("*_mu")]
+
+
 def randomise(model, seed=0):
     """Gives every weight of a model non-degenerate values, zero-initialised heads included."""
     rng = np.random.default_rng(seed)

@@ -56,13 +56,15 @@ def counted(model):
     """Multiply-adds of the products in the graph of one image."""
     import tensorflow as tf
 
-    call = tf.function(lambda x: model(x, training=False), autograph=False)
-    graph = call.get_concrete_function(tf.TensorSpec((1, *model.input_shape[1:]))).graph
+    call = tf.function(lambda *x: model(x if len(x) > 1 else x[0], training=False), autograph=False)
+    graph = call.get_concrete_function(*(tf.TensorSpec((1, *x.shape[1:]), x.dtype) for x in model.inputs)).graph
     total = 0
     for operation in graph.get_operations():
         shapes = [tensor.shape.as_list() for tensor in operation.inputs]
         if operation.type == "Conv2D":
             total += math.prod(operation.outputs[0].shape.as_list()) * math.prod(shapes[1][:3])
+        elif operation.type == "Conv2DBackpropInput":  # of a transposed convolution
+            total += math.prod(shapes[2]) * math.prod(shapes[1][:3])
         elif operation.type in ("MatMul", "BatchMatMulV2"):
             assert not any(operation.get_attr(name) for name in ("transpose_a", "adj_x") if name in operation.node_def.attr)
             total += math.prod(operation.outputs[0].shape.as_list()) * shapes[0][-1]
@@ -71,43 +73,25 @@ def counted(model):
 
 @pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="it counts operations of TensorFlow")
 @pytest.mark.parametrize(
-    "build",
+    "name, options",
     [
-        lambda: keras_vit.ViT_mu(weights=None),
-        lambda: keras_vit.ViT_mu(weights=None, input_shape=(48, 16, 3), classifier="unpooled", representation_size=24),
-        lambda: keras_vit.ViT_mu_bv(weights=None),
-        lambda: keras_vit.create_model("ViT_mu_bv", weights=None, classifier="map"),
-        lambda: keras_vit.Hybrid_mu(weights=None, input_shape=(40, 56, 3)),
-        lambda: keras_vit.Mixer_mu(weights=None),
-        lambda: keras_vit.FlexiViT_mu(weights=None),
-        lambda: keras_vit.BEiT_mu(weights=None),
-        lambda: keras_vit.DeiT_mu(weights=None),
-        lambda: keras_vit.DeiT_mu(weights=None, patch_size=16, stem="hmlp", parallel=True),
-        lambda: keras_vit.ResMLP_mu(weights=None),
-        lambda: keras_vit.CaiT_mu(weights=None),
-        lambda: keras_vit.PoolFormer_mu(
-            weights=None, input_shape=(50, 70, 3), mixer=("pool", "identity", "dense", "attention"), head_size=16
-        ),
+        *((name, {}) for name in keras_vit.list_models("*_mu*")),
+        ("ViT_mu", dict(input_shape=(48, 16, 3), classifier="unpooled", representation_size=24)),
+        ("ViT_mu_bv", dict(classifier="map")),
+        ("Hybrid_mu", dict(input_shape=(40, 56, 3))),
+        ("DeiT_mu", dict(patch_size=16, stem="hmlp", parallel=True)),
+        ("PoolFormer_mu", dict(input_shape=(50, 70, 3), mixer=("pool", "identity", "dense", "attention"), head_size=16)),
+        ("CCT_mu", dict(patch_size=4, classifier="token")),
     ],
-    ids=[
-        "ViT",
-        "unpooled",
-        "big_vision",
-        "map",
-        "hybrid",
-        "mixer",
-        "flexi",
-        "beit",
-        "deit",
-        "hmlp",
-        "resmlp",
-        "cait",
-        "metaformer",
-    ],  # fmt: skip
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
-def test_costs_are_those_of_the_graph(build):
-    model = build()
+def test_costs_are_those_of_the_graph(name, options):
+    model = keras_vit.create_model(name, weights=None, **options)
     assert cost(model).macs == counted(model)
+
+
+def test_a_nested_model_costs_what_it_does_alone():
+    model = keras_vit.ViT_mu(weights=None)
     inner = keras.Model(model.inputs, model.outputs)
     nested = keras.Sequential([keras.Input(model.input_shape[1:]), inner, keras.layers.Softmax()])
     assert cost(nested) == cost(model)
