@@ -65,7 +65,8 @@ TAGS = {  # collection -> (family, {tag: (what it puts into the name, tasks)})
         },
     ),
 }
-OTHERS = {name.lower(): name for name in zoo.FAMILIES if name not in {family for family, _ in TAGS.values()}}
+_TAGGED = {family for family, _ in TAGS.values()}
+OTHERS = {name.lower(): name for name, family in zoo.FAMILIES.items() if family.classifies and name not in _TAGGED}
 COLLECTIONS = ("recommended", *TAGS, "mu", *OTHERS)
 DEFAULT = ("recommended", "hybrid", "mixer")
 INDEX, CARD, LOCK = "index.json", "collection.md", ".lock"
@@ -94,8 +95,10 @@ def items(collection):
 
 def _chosen(collection, row):
     """(tag, what it puts into the name, task) of each module that a row of the registry adds to a collection."""
+    if not row.family.classifies:
+        return []
     if collection == "mu":
-        return [(common.RANDOM, "", task) for task in ENDINGS] if "_mu" in row.name and row.family.classifies else []
+        return [(common.RANDOM, "", task) for task in ENDINGS] if "_mu" in row.name else []
     if collection == "recommended":
         picks = {pick.filename: FEATURES for pick in augreg.RECOMMENDED.values()}
         picks |= {pick.file: CLASSIFICATION for pick in augreg.RECOMMENDED.values()}

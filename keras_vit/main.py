@@ -128,7 +128,7 @@ def check_config(config):
     for key, allowed in _CHOICES.items():
         if config[key] not in allowed:
             raise errors.ConfigError(f"config.{key} must be one of {', '.join(map(repr, allowed))}, got {config[key]!r}.")
-    types = [name for name in zoo.FAMILIES if name != "Hybrid"]
+    types = [name for name, family in zoo.FAMILIES.items() if family.classifies and name != "Hybrid"]
     if config.model_type not in types:
         raise errors.ConfigError(f"config.model_type must be one of {', '.join(map(repr, types))}, got {config.model_type!r}.")
     for key, least in _LEAST.items():

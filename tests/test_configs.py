@@ -284,13 +284,16 @@ REMAT = "--config.remat"
         (["--config.on_save_error=ignore"], "config.on_save_error must be one of 'stop', 'continue'"),
         (["--config.on_error=ignore"], "config.on_error must be one of 'raise', 'skip'"),
         (["--config.profile=5"], "config.profile must be FIRST,LAST"),
-        (["--config.trainer=inference_time"], "config.trainer must be one of 'train', got 'inference_time'"),
+        (
+            ["--config.trainer=inference_time"],
+            "config.trainer must be one of 'train', 'masked', 'tokenizer', got 'inference_time'",
+        ),
         (["--config=inference_time.py", "--config.batch=0"], "config.batch must be at least 1, got 0"),
         (["--config=inference_time.py", "--config.precision=int8"], "config.precision must be one of float32"),
         (["--config=inference_time.py:ViT-B_17"], "nearest: ViT-B_16"),
         (["--config=inference_time.py", "--config.num_class=1"], "no key 'num_class'; nearest: num_classes"),
         (["--config=pretrain.py:b16"], "pretrain.py expects MODEL,RECIPE[,LEVEL]"),
-        (["--config=pretraining.py"], "this package has augreg.py, digits.py, gsam.py, inference_time.py"),
+        (["--config=pretraining.py"], "this package has augreg.py, beit.py, deit.py"),
     ],
     ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else "",
 )

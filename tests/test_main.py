@@ -311,7 +311,10 @@ def test_without_config_the_digits_are_trained_and_overrides_apply():
         (["--config=digits", "--config.total_steps=50"], "warmup_steps must be less than config.total_steps, got 100 and 50"),
         (["--config=digits", "--config.batch=0"], "config.batch must be at least 1, got 0"),
         (["--config=digits", "--config.model_type=Mixer"], "none of a Mixer (config.model_type='Mixer'): it lacks the keys"),
-        (["--config=digits", "--config.model_type=BERT"], "config.model_type must be one of 'ViT', 'Mixer', got 'BERT'"),
+        (
+            ["--config=digits", "--config.model_type=BERT"],
+            "config.model_type must be one of 'ViT', 'BEiT', 'CaiT', 'CCT', 'DeiT', 'FlexiViT'",
+        ),
         (["--config=vit.py:Mixer_mu,digits", "--config.position_stddev=0.5"], "which a Mixer has not"),
         (
             ["--config=vit.py:mixer_b16,digits"],
@@ -323,7 +326,7 @@ def test_without_config_the_digits_are_trained_and_overrides_apply():
         (["--config=vit.py:b16"], "vit.py expects MODEL,DATASET"),
         (["--config=augreg.py:B_16-i21k"], "no AugReg file name"),
         (["--config=augreg.py:B_16"], "config.dataset is not set"),
-        (["--config=nothing.py"], "no file 'nothing.py'; this package has augreg.py, digits.py, gsam.py"),
+        (["--config=nothing.py"], "no file 'nothing.py'; this package has augreg.py, beit.py, deit.py, digits.py"),
         (["--confg=digits"], "Unknown command line flag 'confg'"),
         (["digits"], "expected options only, got digits"),
     ],

@@ -72,7 +72,7 @@ SMALL = {
     "ResMLP": ((8, 24, 3), dict(width=16, depth=2, mlp=24, layer_scale=0.1, patch_size=(4, 8))),
     "PoolFormer": (
         (70, 50, 3),
-        dict(width=(8, 8, 16, 16), depth=(1,) * 4, mlp=(12, 12, 16, 16), head_size=8, layer_scale=0.1, positions=(3,)),
+        dict(width=(8, 8, 16, 16), depth=(1,) * 4, mlp=(24, 24, 32, 32), head_size=8, layer_scale=0.1, positions=(3,)),
     ),
 }
 BLOCKS = {"PoolFormer": ("stage_0_block_0", "stage_3_block_0")}  # families that do not count their blocks in a row

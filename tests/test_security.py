@@ -265,7 +265,8 @@ def test_a_wheel_is_the_same_every_time(tmp_path):  # [S5]
 
 PLACES = (
     "gs://(vit_models|mixer_models|gresearch|big_vision)", "hf://(microsoft|timm)", "https://github.com/addf400/files/releases",
-    "https://github.com/SHI-Labs/Compact-Transformers", "https://shi-labs.com/projects/cct",
+    "https://github.com/SHI-Labs/Compact-Transformers", "https://shi-labs.com/projects/cct", "https://dl.fbaipublicfiles.com/deit",
+    "https://github.com/sail-sg/poolformer/releases",
 )  # fmt: skip
 
 

@@ -658,7 +658,8 @@ def test_a_changed_setting_data_or_version_is_refused_by_name():  # [T7]
 def test_what_never_matters_are_settings_that_exist():
     from keras_vit.configs.common import get_config
 
-    known = {*get_config(), "workdir", "config_sha256", "examples"}
+    config = get_config()
+    known = {*config, "workdir", "config_sha256", "examples", *(f"distillation.{key}" for key in config.distillation)}
     assert set(state.NEVER_MATTERS) <= known
 
 

@@ -93,7 +93,7 @@ class AttentionMixer(keras.layers.Layer):
 class DenseMixer(keras.layers.Layer):
     """(b, h, w, d) -> (b, h, w, d): one matrix (h * w, h * w), the same for all channels, mixes the places.
 
-    Weight: `kernel`, whose first axis is what goes in.
+    The sum over the places is taken in float32 whatever the compute type. Weight: `kernel`, whose first axis is what goes in.
 
     Args:
         frozen: whether the matrix is random and not trained. Its numbers are then uniform ones through a softmax, as of
@@ -107,12 +107,14 @@ class DenseMixer(keras.layers.Layer):
     def build(self, input_shape):
         tokens = math.prod(input_shape[1:3])
         values = _random_mixing if self.frozen else keras.initializers.RandomNormal(stddev=STDDEV)
-        self.kernel = self.add_weight(shape=(tokens, tokens), initializer=values, trainable=not self.frozen, name="kernel")
+        self.kernel = self.add_weight(
+            shape=(tokens, tokens), initializer=values, trainable=not self.frozen, autocast=False, name="kernel"
+        )
 
     def call(self, x):
         _, h, w, d = x.shape
-        y = ops.matmul(ops.transpose(self.kernel), ops.reshape(x, (-1, h * w, d)))
-        return ops.reshape(y, (-1, h, w, d))
+        y = ops.matmul(ops.transpose(self.kernel), ops.cast(ops.reshape(x, (-1, h * w, d)), "float32"))
+        return ops.cast(ops.reshape(y, (-1, h, w, d)), self.compute_dtype)
 
     def multiply_adds(self, input_shape):
         """ "linear" of one example (b, h, w, d)."""
