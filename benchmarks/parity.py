@@ -155,6 +155,18 @@ def round_trip(case, model, checkpoint):
             case.problems.append("save_npz wrote other bits")
 
 
+def load_and_write_back(case, model):
+    """Loads a case's `checkpoint` into a model, and checks the `round_trip`."""
+    file = checkpoint(case)
+    keras_vit.load_weights(model, file)
+    round_trip(case, model, file)
+
+
+def as_tokens(grid):
+    """(b, h, w, d) -> (b, h * w, d), as the originals in PyTorch have patches."""
+    return keras.ops.reshape(grid, (-1, grid.shape[1] * grid.shape[2], grid.shape[3]))
+
+
 def install(case, model):
     """Puts the arrays that `compare.install` names into the model."""
     names, ours = zoo.FAMILIES[model.family].layouts[model.weights_info["layout"]], load.named_weights(model)

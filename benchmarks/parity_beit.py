@@ -49,9 +49,7 @@ def _finished(options):
 def _loaded(case, build, options, images):
     """The model of a case with its weights, read from the real checkpoint where there is one, and written back."""
     model = build(input_shape=images.shape[1:], **options)
-    checkpoint = parity.checkpoint(case)
-    keras_vit.load_weights(model, checkpoint)
-    parity.round_trip(case, model, checkpoint)
+    parity.load_and_write_back(case, model)
     return model
 
 
@@ -75,8 +73,7 @@ def _timm(case):
     last = f"block_{options['depth'] - 1}"
     tokens, pooled = ("encoder_norm", "class_token") if "encoder_norm" in names else (last, "fc_norm")
     taps |= {"norm": tokens, "features": tokens, "fc_norm": pooled, "pre_logits": pooled, "logits": "head"}
-    patches = parity.zoo.tap(model, "patches")
-    taps["patch_embed"] = ops.reshape(patches, (-1, grid[0] * grid[1], patches.shape[-1]))
+    taps["patch_embed"] = parity.as_tokens(parity.zoo.tap(model, "patches"))
     if "blocks.0.attn.rel_pos_bias" in taps:
         taps["blocks.0.attn.rel_pos_bias"] = ops.expand_dims(parity.zoo.tap(model, "block_0/bias"), 0)
     parity.compare_taps(case, model, taps, ["logits"], images)

@@ -3,7 +3,7 @@
 import keras
 
 import keras_vit
-from benchmarks import parity_deit
+from benchmarks import parity, parity_deit
 
 OPTIONS = {**parity_deit.OPTIONS, "depth_token_only": "class_depth"}
 TAPS = [
@@ -15,7 +15,7 @@ TAPS = [
 
 def run_cait(case):
     model = keras_vit.CaiT(**parity_deit.options_of(case, OPTIONS))
-    parity_deit.load(case, model)
+    parity.load_and_write_back(case, model)
     taps = {"logits": "head"}
     for key in case.expected:
         if key.endswith(".attn.proj_l"):  # heads last

@@ -37,16 +37,14 @@ def run_cct(case):
     elif (config["stride"], config["padding"]) != (max(1, config["kernel_size"] // 2 - 1), config["kernel_size"] // 2):
         raise parity.Unknown("stride and padding that do not follow from kernel_size")
     model = keras_vit.CCT(input_shape=(config["img_size"],) * 2 + (3,), **options)
-    checkpoint = parity.checkpoint(case)
-    keras_vit.load_weights(model, checkpoint)
-    parity.round_trip(case, model, checkpoint)
+    parity.load_and_write_back(case, model)
 
     taps = parity.expected_taps(case, TAPS)
     for key, tap in taps.items():
         if key.startswith("tokenizer.conv_layers."):
             taps[key] = keras.ops.transpose(keras_vit.zoo.tap(model, tap), (0, 3, 1, 2))
     last = keras_vit.zoo.tap(model, max(layer.name for layer in model.layers if layer.name.startswith("tokenizer_")))
-    taps |= {"tokenizer": keras.ops.reshape(last, (-1, last.shape[1] * last.shape[2], last.shape[3])), "logits": "head"}
+    taps |= {"tokenizer": parity.as_tokens(last), "logits": "head"}
     parity.compare_taps(case, model, taps, ["logits"], np.moveaxis(case.inputs["x"], 1, -1))
     return list(case.expected)
 

@@ -1,6 +1,5 @@
 """DeiT's, DeiT III's and ResMLP's cases for `benchmarks.parity`: models of facebookresearch/deit, and tables of positions."""
 
-import keras
 import numpy as np
 
 import keras_vit
@@ -35,18 +34,10 @@ def options_of(case, known=OPTIONS):
     return options | dict(input_shape=(config["img_size"],) * 2 + (3,), classifier_activation=None)
 
 
-def load(case, model):
-    """Loads the case's real checkpoint and writes it back."""
-    checkpoint = parity.checkpoint(case)
-    keras_vit.load_weights(model, checkpoint)
-    parity.round_trip(case, model, checkpoint)
-
-
 def compare(case, model, table, taps, outputs):
     """Runs the case's images through a model: what `table` and `taps` name, and the tokens of patches."""
-    patches = keras_vit.zoo.tap(model, "patches")
     found = parity.expected_taps(case, table) | taps
-    found["patch_embed"] = keras.ops.reshape(patches, (-1, patches.shape[1] * patches.shape[2], patches.shape[3]))
+    found["patch_embed"] = parity.as_tokens(parity.zoo.tap(model, "patches"))
     parity.compare_taps(case, model, found, outputs, np.moveaxis(case.inputs["x"], 1, -1))
     return list(case.expected)
 
@@ -65,7 +56,7 @@ def run_deit(case):
             raise parity.Unknown(f"{key} {config[key]!r}")
     options |= BLOCKS[config.get("block_layers", "Block")]
     model = keras_vit.DeiT(stem=STEMS[config.get("Patch_layer", "PatchEmbed")], **options)
-    load(case, model)
+    parity.load_and_write_back(case, model)
     if not distilled:
         return compare(case, model, TAPS, {"logits": "head"}, ["logits"])
     taps = {
@@ -97,5 +88,5 @@ def _run_resmlp(case):
     options = options_of(case)
     del options["heads"]
     model = keras_vit.ResMLP(**options)
-    load(case, model)
+    parity.load_and_write_back(case, model)
     return compare(case, model, RESMLP_TAPS, {"logits": "head"}, ["logits"])

@@ -45,7 +45,6 @@ import keras_vit
 from keras_vit import errors, zoo
 from keras_vit.checkpoints import augreg, fetch, files, load
 from keras_vit.checkpoints.weights import IMAGENET21K, head_activation
-from keras_vit.data.pixels import Pixels
 from keras_vit.evaluation import classify, fewshot, real, validate
 
 BACKENDS = ("tensorflow", "jax", "torch")
@@ -473,11 +472,7 @@ def _model(word):
         raise errors.ArgumentError(
             f"{word}: expected a model of RGB images of one size, got input {shapes[0]}, output {shapes[1]}."
         )
-    info = _info(model)
-    pixels = Pixels.from_dict(info["preprocessing"]) if info else Pixels()
-    if info.get("include_preprocessing"):
-        pixels = dataclasses.replace(pixels, mean=(0.0,) * 3, std=(1.0,) * 3)
-    return model, pixels
+    return model, zoo.pixels_of(model)
 
 
 def _kind(model):

@@ -53,7 +53,6 @@ from keras_vit.training.step import Learner
 from keras_vit.training.twopass import GSAM, SAM
 
 CONFIGS = Path(__file__).parent / "configs"
-CHECKPOINTS = (".npz", ".pth", ".pt", ".pth.tar", ".pyth", ".safetensors")  # endings by which `pretrained_dir` is a file
 RESULTS = ("model.keras", "model.npz", "module")
 UNIT = dict(mean=(0.0,) * 3, std=(255.0,) * 3)  # of the `Pixels` that an exported module takes
 MODULE_TOLERANCE = 1e-5
@@ -272,7 +271,7 @@ def pretrained_file(config):
     """
     if not config.pretrained_dir:
         return None
-    if config.pretrained_dir.endswith(CHECKPOINTS):
+    if files.ending(config.pretrained_dir):
         path = os.path.expanduser(config.pretrained_dir)
         if "://" not in path and not os.path.isfile(path):
             raise errors.ConfigError(f"{path}: there is no such checkpoint; check --config.pretrained_dir.")

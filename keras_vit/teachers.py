@@ -8,7 +8,7 @@ import keras
 
 from keras_vit import errors, hub, zoo
 from keras_vit.data.pixels import Pixels
-from keras_vit.training.objectives import Teacher, pixels_of
+from keras_vit.training.objectives import Teacher
 
 RANGES = {"unit": Pixels(mean=(0.0,) * 3, std=(255.0,) * 3), "minus1_1": Pixels()}  # of a module's input
 
@@ -68,4 +68,4 @@ def open_teacher(word):
             model = keras.saving.load_model(os.path.expanduser(word), compile=False)
         except Exception as error:  # Keras says in many ways that a file is damaged or of unknown classes
             raise errors.ArgumentError(f"teacher {word}: Keras cannot load this file: {error}") from error
-    return Teacher(model, word, pixels_of(model))
+    return Teacher(model, word, zoo.pixels_of(model))

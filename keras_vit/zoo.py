@@ -218,6 +218,13 @@ def zero_head(model):
     return not any(np.any(load.to_numpy(head.kernel)) for head in heads)
 
 
+def check_choices(name, **chosen):
+    """Raises ArgumentError for the first keyword, an argument of the constructor `name`, whose (value, allowed) do not fit."""
+    for argument, (value, allowed) in chosen.items():
+        if value not in allowed:
+            raise errors.ArgumentError(f"{name}: expected {argument} in {allowed}, got {value!r}.")
+
+
 def _whole(number):
     """Whether an argument is a whole number above 0, Python's or numpy's."""
     return isinstance(number, numbers.Integral) and not isinstance(number, bool) and number > 0
@@ -582,6 +589,13 @@ def save_npz(model, path, layout=None):
     load.save(_weights(model), path, family.layouts[layout], grid and {"grid": list(grid)}, grid=grid, **own)
 
 
+def pixels_of(model, default=Pixels()):  # noqa: B008 - frozen
+    """The `Pixels` that a model's images want, by its record; values 0..255 where it rescales itself; `default` without one."""
+    info = getattr(model, "weights_info", None) or {}
+    pixels = Pixels.from_dict(info["preprocessing"]) if "preprocessing" in info else default
+    return dataclasses.replace(pixels, mean=(0.0,) * 3, std=(1.0,) * 3) if info.get("include_preprocessing") else pixels
+
+
 def preprocess_input(x, model=None):
     """Brings images into the range a model was trained on; no resizing.
 
@@ -592,10 +606,7 @@ def preprocess_input(x, model=None):
     Returns:
         float32 of the same shape; unchanged values where the model rescales itself (`include_preprocessing=True`).
     """
-    info = model.weights_info if model is not None else {}
-    if info.get("include_preprocessing"):
-        return Pixels(mean=(0.0,) * 3, std=(1.0,) * 3).normalize(x)
-    return (Pixels.from_dict(info["preprocessing"]) if info else Pixels()).normalize(x)
+    return pixels_of(model).normalize(x)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,16 +6,17 @@ from keras import ops
 from keras_vit.dense.pyramid import pyramid
 from keras_vit.errors import ArgumentError
 from keras_vit.layers import GroupNorm
+from keras_vit.layers.resize import resized
 
 GROUPS = 32
 
 
 @keras.saving.register_keras_serializable("keras_vit")
 class ResizeTo(keras.layers.Layer):
-    """(b, h, w, d), (b, H, W, ...) -> (b, H, W, d): the first resized to the second's size.
+    """(b, h, w, d), (b, H, W, ...) -> (b, H, W, d): the first `resized` to the second's size.
 
     Args:
-        interpolation: "nearest" or "bilinear" (half-pixel centres, no antialiasing).
+        interpolation: "nearest" or "bilinear".
     """
 
     def __init__(self, interpolation="bilinear", **kwargs):
@@ -23,11 +24,7 @@ class ResizeTo(keras.layers.Layer):
         self.interpolation = interpolation
 
     def call(self, x, like):
-        size = ops.shape(like)[1:3]
-        if tuple(size) == tuple(ops.shape(x)[1:3]):
-            return x
-        resized = ops.image.resize(ops.cast(x, "float32"), size, self.interpolation, data_format="channels_last")
-        return ops.cast(resized, self.compute_dtype)
+        return resized(x, ops.shape(like)[1:3], self.interpolation)
 
     def compute_output_shape(self, x_shape, like_shape):
         return (x_shape[0], *like_shape[1:3], x_shape[3])

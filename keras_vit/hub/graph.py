@@ -10,7 +10,6 @@ import tensorflow as tf
 
 from keras_vit import zoo
 from keras_vit.data import pipeline
-from keras_vit.data.pixels import Pixels
 from keras_vit.errors import ArgumentError, ExportError
 from keras_vit.explain.cost import cost
 
@@ -81,16 +80,13 @@ def write(model, folder, form):
     if form.image_size == "any":
         whole, bounds = _open(whole), _bounds(model, own)
     main = keras.Model(whole.inputs, whole.output[key])
-    info = getattr(model, "weights_info", None) or {}
-    pixels = Pixels.from_dict(info.get("preprocessing", {}))
-    # What brings 0..255 into the range of the weights, where the model does not do that itself
-    normal = Pixels(pixels.mean, pixels.std) if not info.get("include_preprocessing") else Pixels((0.0,) * 3, (1.0,) * 3)
+    pixels = zoo.pixels_of(model)
     scale, offset = INPUT_RANGES[form.input_range]
 
     def prepare(images):
         if bounds:
             images = _sized(images, *bounds)
-        return normal.normalize(images * np.float32(scale) + np.float32(offset))
+        return pixels.normalize(images * np.float32(scale) + np.float32(offset))
 
     @tf.function(autograph=False)
     def run(x, training=False):
@@ -111,7 +107,7 @@ def write(model, folder, form):
 
     def of_bytes(image_bytes):
         def image(data):
-            return pipeline.eval_image(pipeline.decode(data), own, dataclasses.replace(pixels, mean=normal.mean, std=normal.std))
+            return pipeline.eval_image(pipeline.decode(data), own, pixels)
 
         return {key: run(tf.map_fn(image, image_bytes, fn_output_signature=tf.TensorSpec((*own, 3), tf.float32)))}
 

@@ -29,6 +29,7 @@ class Block(keras.layers.Layer):
 
     TAPS = ("attention_norm", "scores", "attention", "mlp_norm", "mlp")
     ATTENTION = Attention  # its kind, which a descendant may change
+    RENORMED = False  # whether the second norm is on the residual stream itself, which a descendant may change too
 
     def __init__(
         self,
@@ -81,6 +82,7 @@ class Block(keras.layers.Layer):
         y = self.mlp_norm(x)
         if tap == "mlp_norm":
             return y
+        x = y if self.RENORMED else x
         y = self.mlp(y)
         if tap == "mlp":
             return y

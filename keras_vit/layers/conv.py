@@ -46,6 +46,11 @@ class StdConv(keras.layers.Layer):
         return (b, *(side and -(-side // self.stride) for side in sides), self.width)
 
 
+def batch_norm(**kwargs):
+    """Keras's batch norm with PyTorch's defaults."""
+    return keras.layers.BatchNormalization(momentum=0.9, epsilon=1e-5, **kwargs)
+
+
 @keras.saving.register_keras_serializable("keras_vit")
 class GroupNorm(keras.layers.Layer):
     """(b, h, w, c) -> (b, h, w, c): channels in groups, each group with zero mean and unit variance over an image.

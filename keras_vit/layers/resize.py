@@ -6,11 +6,19 @@ import numpy as np
 from keras import ops
 
 
+def resized(x, size, interpolation="bilinear"):
+    """(b, h, w, c) -> (b, h', w', c) by "bilinear" (half-pixel centres, no antialiasing) or "nearest"; computed in float32.
+
+    The bilinear one is PyTorch's `interpolate(mode="bilinear", align_corners=False)`.
+    """
+    if tuple(size) == tuple(x.shape[1:3]):
+        return x
+    return ops.cast(ops.image.resize(ops.cast(x, "float32"), size, interpolation, data_format="channels_last"), x.dtype)
+
+
 @keras.saving.register_keras_serializable("keras_vit")
 class Bilinear(keras.layers.Layer):
-    """(b, h, w, c) -> (b, h', w', c): bilinear resizing with half-pixel centres and no antialiasing.
-
-    As PyTorch's `interpolate(mode="bilinear", align_corners=False)`; computed in float32.
+    """(b, h, w, c) -> (b, h', w', c): `resized` to a fixed size, bilinearly.
 
     Args:
         size: (h', w').
@@ -21,10 +29,7 @@ class Bilinear(keras.layers.Layer):
         self.size = tuple(size)
 
     def call(self, x):
-        if self.size == tuple(x.shape[1:3]):
-            return x
-        x = ops.image.resize(ops.cast(x, "float32"), self.size, "bilinear", antialias=False, data_format="channels_last")
-        return ops.cast(x, self.compute_dtype)
+        return resized(x, self.size)
 
     def compute_output_shape(self, input_shape):
         return (input_shape[0], *self.size, input_shape[-1])

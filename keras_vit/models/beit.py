@@ -31,9 +31,10 @@ from keras_vit.layers import (
     PatchTokens,
     Tokens,
 )
+from keras_vit.layers.conv import batch_norm
 from keras_vit.layers.taps import check_tap
 from keras_vit.models import vit
-from keras_vit.zoo import Contract, Family, builder, variant
+from keras_vit.zoo import Contract, Family, builder, check_choices, variant
 
 CLASSIFIERS = ("avg", "token")
 POOLINGS = (None, "token", "avg")
@@ -228,7 +229,7 @@ def BEiT(
             the weights are not.
     """
     chosen = dict(classifier=(classifier, CLASSIFIERS), pooling=(pooling, POOLINGS))
-    _check_choices(name, **chosen, relative_positions=(relative_positions, RELATIVE))
+    check_choices(name, **chosen, relative_positions=(relative_positions, RELATIVE))
     if not include_top and pooling == "token" and classifier == "avg":
         raise errors.ArgumentError(f"{name}: pooling='token' needs classifier='token', which norms the class token; use 'avg'.")
     top = Contract(FAMILY, include_top, weights, input_tensor, input_shape, classes, classifier_activation, include_preprocessing)
@@ -253,25 +254,12 @@ def BEiT(
     return top.model(top.top(x) if include_top else x, name)
 
 
-def _check_choices(name, **chosen):
-    for argument, (value, allowed) in chosen.items():
-        if value not in allowed:
-            raise errors.ArgumentError(f"{name}: expected {argument} in {allowed}, got {value!r}.")
-
-
 def _patches(top, name, width, patch_size):
     """The patches (b, h, w, width) of the model's images."""
     patch = (patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size)
 
-    def check(*size):
-        if any(side % p for side, p in zip(size, patch)):
-            nearest = tuple(max(round(side / p), 1) * p for side, p in zip(size, patch))
-            raise errors.ArgumentError(
-                f"{name}: an image of {size[0]} x {size[1]} cannot be cut into patches of {patch[0]} x {patch[1]}; the nearest "
-                f"size is input_shape={(*nearest, 3)}."
-            )
-
-    return Patches(width, patch, name="patches")(top.images(_default_size(top, patch), check))
+    size = _default_size(top, patch)
+    return Patches(width, patch, name="patches")(top.images(size, lambda h, w: vit.check_size(name, (h, w), patch)))
 
 
 def _default_size(top, patch):
@@ -338,7 +326,7 @@ def BEiTMasked(
         errors.ArgumentError: an argument is not usable; errors.DownloadError, CheckpointFormatError, CheckpointMismatchError:
             the weights are not.
     """
-    _check_choices(name, pooling=(pooling, (None,)), relative_positions=(relative_positions, RELATIVE))
+    check_choices(name, pooling=(pooling, (None,)), relative_positions=(relative_positions, RELATIVE))
     classes = VOCABULARY if classes is None and weights is None else classes
     top = Contract(MASKED, include_top, weights, input_tensor, input_shape, classes, classifier_activation, include_preprocessing)
     x = _patches(top, name, width, patch_size)
@@ -393,7 +381,7 @@ class ConvUnit(keras.layers.Layer):
         self.conv = keras.layers.Conv2D(
             width, kernel_size, padding="same", data_format="channels_last", use_bias=False, dtype=dtype, name="conv"
         )
-        self.norm = _batch_norm(dtype=dtype, name="norm")
+        self.norm = batch_norm(dtype=dtype, name="norm")
 
     def build(self, input_shape):
         self.conv.build(input_shape)
@@ -408,10 +396,6 @@ class ConvUnit(keras.layers.Layer):
     def multiply_adds(self, input_shape):
         """ "conv" of one example (b, h, w, c)."""
         return collections.Counter(conv=math.prod(input_shape[1:3]) * math.prod(self.conv.kernel.shape))
-
-
-def _batch_norm(**kwargs):
-    return keras.layers.BatchNormalization(momentum=0.9, epsilon=1e-5, **kwargs)
 
 
 @builder
@@ -477,7 +461,7 @@ def BEiTSegmenter(
         errors.ArgumentError: an argument is not usable; errors.DownloadError, CheckpointFormatError, CheckpointMismatchError:
             the weights are not.
     """
-    _check_choices(name, pooling=(pooling, (None,)), relative_positions=(relative_positions, RELATIVE))
+    check_choices(name, pooling=(pooling, (None,)), relative_positions=(relative_positions, RELATIVE))
     features = tuple(depth * n // 6 for n in (2, 3, 4, 6)) if features is None else tuple(features)
     if len(features) != 4 or not all(isinstance(at, int) and 0 <= at <= depth for at in features):
         raise errors.ArgumentError(f"{name}: features must be four whole numbers from 0 to depth={depth}, got {features}.")
@@ -496,7 +480,7 @@ def BEiTSegmenter(
     maps = FeatureMaps(grid, len(features), name="feature_maps")(read)
 
     up = Doubling(width, name="pyramid_0_up")(maps[0])
-    up = _batch_norm(name="pyramid_0_norm")(up)
+    up = batch_norm(name="pyramid_0_norm")(up)
     up = keras.layers.Activation("gelu", name="pyramid_0_gelu")(up)
     maps[0] = Doubling(width, name="pyramid_0")(up)
     maps[1] = Doubling(width, name="pyramid_1")(maps[1])
@@ -578,8 +562,7 @@ def start_from(model, other):
         if table and old != new:
             value = adapt.resample_relative(value, old, new)
         elif name == "tokens/positions" and old != new:
-            rows = adapt.resample_bicubic(value[0, 1:].reshape(*old, -1), new)
-            value = np.concatenate([value[:, :1], rows.reshape(1, -1, value.shape[-1])], axis=1)
+            value = adapt.Positions(new, True, file_grid=old, resample=adapt.resample_bicubic)({name: value})[name]
         if value.shape != tuple(weight.shape):
             problems.append(f"{name}: {tuple(weight.shape)}, of the other {value.shape}")
         values[name] = value
@@ -620,14 +603,10 @@ def original_encoder(root=""):
         torch.param(f"{root}cls_token", "tokens/cls"),
         torch.param(f"{root}pos_embed", "tokens/positions"),
         *_relative_names(f"{root}rel_pos_bias.", "relative_positions"),
-        *torch.norm(f"{block}.norm1", f"{ours}/attention_norm"),
+        *torch.block(block, ours),
         *(rule(f"{block}.attn.{part}_bias", f"{ours}/attention/qkv_bias", bias) for part, bias in zip("qv", _BIAS)),
         *torch.attention(f"{block}.attn", f"{ours}/attention", bias=False),
         *_relative_names(f"{block}.attn.", f"{ours}/relative_positions"),
-        torch.param(f"{block}.gamma_1", f"{ours}/attention_scale/gamma"),
-        *torch.norm(f"{block}.norm2", f"{ours}/mlp_norm"),
-        *torch.mlp(f"{block}.mlp", f"{ours}/mlp"),
-        torch.param(f"{block}.gamma_2", f"{ours}/mlp_scale/gamma"),
     ]
 
 
@@ -669,18 +648,12 @@ def _masked_layouts():
     return {**torch.spellings(original, "beit"), "hugging-face": hugging_face}
 
 
-_PLACEWISE = Turned((1, 0), (1, 1, 0, 0))  # a convolution of 1 x 1 is a dense layer here
-
-
 def _segmenter_names(pyramid, classifier):
     """The rules of pyramid and heads, which both spellings share but for two names."""
 
     def unit(original, ours):
         conv = torch.weight(f"{original}.conv", f"{ours}/conv", torch.FILTER)
         return [*conv, *torch.batch_norm(f"{original}.bn", f"{ours}/norm")]
-
-    def head(original, ours):
-        return [*torch.weight(original, ours, _PLACEWISE), torch.param(f"{original}.bias", f"{ours}/bias")]
 
     return [
         *torch.conv(f"{pyramid}fpn1.0", "pyramid_0_up"),
@@ -692,9 +665,9 @@ def _segmenter_names(pyramid, classifier):
         *unit("decode_head.lateral_convs.{i}", "level_{i}_lateral"),
         *unit("decode_head.fpn_convs.{i}", "level_{i}_conv"),
         *unit("decode_head.fpn_bottleneck", "levels_conv"),
-        *head(f"decode_head.{classifier}", "head"),
+        *torch.pointwise(f"decode_head.{classifier}", "head"),
         *unit("auxiliary_head.convs.0", "auxiliary_conv"),
-        *head(f"auxiliary_head.{classifier}", "auxiliary_head"),
+        *torch.pointwise(f"auxiliary_head.{classifier}", "auxiliary_head"),
     ]
 
 

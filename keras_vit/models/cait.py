@@ -10,7 +10,6 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_vit import errors
 from keras_vit.checkpoints.adapt import Positions, bicubic, resample_bicubic
 from keras_vit.checkpoints.dialects import torch
 from keras_vit.checkpoints.names import Names, rule
@@ -19,7 +18,7 @@ from keras_vit.data.pixels import IMAGENET
 from keras_vit.layers import MLP, Attention, Block, ClassToken, LayerScale, MeanTokens, Patches, PatchGrid, PatchTokens, Tokens
 from keras_vit.layers.taps import check_tap
 from keras_vit.models.vit import check_size, default_size, depth
-from keras_vit.zoo import Contract, Family, builder, variant
+from keras_vit.zoo import Contract, Family, builder, check_choices, variant
 
 POOLINGS = (None, "token", "avg")
 STDDEV = 0.02  # of the values that kernels, token and positions start from
@@ -227,8 +226,7 @@ def CaiT(
         errors.ArgumentError: an argument is not usable; errors.DownloadError, CheckpointFormatError, CheckpointMismatchError:
             the weights are not.
     """
-    if pooling not in POOLINGS:
-        raise errors.ArgumentError(f"{name}: expected pooling in {POOLINGS}, got {pooling!r}.")
+    check_choices(name, pooling=(pooling, POOLINGS))
     patch = (patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size)
     top = Contract(FAMILY, include_top, weights, input_tensor, input_shape, classes, classifier_activation, include_preprocessing)
 
@@ -262,27 +260,16 @@ def _layouts():
         torch.conv("patch_embed.proj", "patches"),
         torch.param("cls_token", "cls/token"),
         torch.param("pos_embed", "tokens/positions"),
-        _block(block, "block_{i}"),
+        torch.block(block, "block_{i}"),
         torch.attention(f"{block}.attn", "block_{i}/attention"),
         _mixture(f"{block}.attn.proj_l", "block_{i}/attention/before"),
         _mixture(f"{block}.attn.proj_w", "block_{i}/attention/after"),
-        _block(last, "class_block_{i}"),
+        torch.block(last, "class_block_{i}"),
         torch.split_attention(f"{last}.attn", "class_block_{i}/attention", f"{last}.attn.proj", ("q", "k", "v")),
         torch.norm("norm", "encoder_norm"),
         torch.linear("head", "head"),
     )
     return torch.spellings(names)
-
-
-def _block(original, ours):
-    """The rules of a block but for its attention."""
-    return [
-        *torch.norm(f"{original}.norm1", f"{ours}/attention_norm"),
-        torch.param(f"{original}.gamma_1", f"{ours}/attention_scale/gamma"),
-        *torch.norm(f"{original}.norm2", f"{ours}/mlp_norm"),
-        *torch.mlp(f"{original}.mlp", f"{ours}/mlp"),
-        torch.param(f"{original}.gamma_2", f"{ours}/mlp_scale/gamma"),
-    ]
 
 
 def _mixture(original, ours):

@@ -18,10 +18,10 @@ from keras_vit.checkpoints.dialects import torch
 from keras_vit.checkpoints.names import Names
 from keras_vit.checkpoints.weights import Weights
 from keras_vit.data.pixels import IMAGENET
-from keras_vit.layers import MLP, Attention, ClassToken, DropPath, MeanTokens, Patches, PatchGrid, PatchTokens, Tokens
+from keras_vit.layers import Block, ClassToken, MeanTokens, Patches, PatchGrid, PatchTokens, Tokens
 from keras_vit.layers.taps import check_tap
 from keras_vit.models.vit import check_size, default_size, depth
-from keras_vit.zoo import Contract, Family, builder, variant
+from keras_vit.zoo import Contract, Family, builder, check_choices, variant
 
 CLASSIFIERS = ("sequence", "token")
 POOLINGS = (None, "sequence", "token", "avg")
@@ -113,20 +113,16 @@ class CompactTokens(Tokens):
 
 
 @keras.saving.register_keras_serializable("keras_vit")
-class CompactBlock(keras.layers.Layer):
+class CompactBlock(Block):
     """(b, n, d) -> (b, n, d): `y = norm(x + attention(norm(x)))`, then `y + mlp(y)`: its second norm is on the residual stream.
 
-    What lies inside is tapped: `block(x, tap=...)` returns "attention_norm", "scores" (b, heads, n, n), "attention",
-    "mlp_norm" or "mlp" instead of the block's output, from the same code.
+    Taps: those of `Block`.
 
     Args:
-        heads, mlp: number of heads; width of the hidden layer of the MLP.
-        dropout_rate: after attention and twice in the MLP. attention_dropout_rate: on the attention weights.
-        drop_path_rate: probability that an example skips a residual branch in training (stochastic depth).
-        flash_attention: see `Attention`.
+        heads, mlp, dropout_rate, attention_dropout_rate, drop_path_rate, flash_attention: see `Block`.
     """
 
-    TAPS = ("attention_norm", "scores", "attention", "mlp_norm", "mlp")
+    RENORMED = True
 
     def __init__(
         self,
@@ -138,47 +134,8 @@ class CompactBlock(keras.layers.Layer):
         flash_attention=None,
         **kwargs,
     ):
-        super().__init__(**kwargs)
-        self.heads, self.mlp_width, self.dropout_rate = heads, mlp, dropout_rate
-        self.attention_dropout_rate, self.drop_path_rate = attention_dropout_rate, drop_path_rate
-        self.flash_attention = flash_attention
-        dtype = self.dtype_policy
-        self.attention_norm = keras.layers.LayerNormalization(epsilon=EPSILON, dtype=dtype, name="attention_norm")
-        self.attention = Attention(heads, attention_dropout_rate, flash_attention, "", STDDEV, dtype=dtype, name="attention")
-        self.dropout = keras.layers.Dropout(dropout_rate, dtype=dtype, name="dropout")
-        self.mlp_norm = keras.layers.LayerNormalization(epsilon=EPSILON, dtype=dtype, name="mlp_norm")
-        self.mlp = MLP(mlp, dropout_rate, "exact", STDDEV, dtype=dtype, name="mlp")
-        self.drop_path = DropPath(drop_path_rate, dtype=dtype, name="drop_path")
-
-    def build(self, input_shape):
-        for layer in (self.attention_norm, self.attention, self.mlp_norm, self.mlp, self.drop_path):
-            layer.build(input_shape)
-
-    def call(self, x, tap=None):
-        check_tap(self, tap)
-        y = self.attention_norm(x)
-        if tap == "attention_norm":
-            return y
-        if tap == "scores":
-            return self.attention(y, tap="scores")
-        y = self.attention(y)
-        if tap == "attention":
-            return y
-        x = self.mlp_norm(x + self.drop_path(self.dropout(y)))
-        if tap == "mlp_norm":
-            return x
-        y = self.mlp(x)
-        if tap == "mlp":
-            return y
-        return x + self.drop_path(y)
-
-    def multiply_adds(self, input_shape):
-        """Those of attention and MLP for one example (b, n, d)."""
-        return self.attention.multiply_adds(input_shape) + self.mlp.multiply_adds(input_shape)
-
-    def compute_output_spec(self, x, tap=None):
-        check_tap(self, tap)
-        return self.attention.compute_output_spec(x, tap=tap)
+        rates = (dropout_rate, attention_dropout_rate, drop_path_rate)
+        super().__init__(heads, mlp, *rates, flash_attention, "exact", None, STDDEV, "", EPSILON, **kwargs)
 
 
 @keras.saving.register_keras_serializable("keras_vit")
@@ -277,10 +234,7 @@ def CCT(
         errors.ArgumentError: an argument is not usable; errors.DownloadError, CheckpointFormatError, CheckpointMismatchError:
             the weights are not.
     """
-    chosen = dict(classifier=(classifier, CLASSIFIERS), pooling=(pooling, POOLINGS), positions=(positions, POSITIONS))
-    for argument, (value, allowed) in chosen.items():
-        if value not in allowed:
-            raise errors.ArgumentError(f"{name}: expected {argument} in {allowed}, got {value!r}.")
+    check_choices(name, classifier=(classifier, CLASSIFIERS), pooling=(pooling, POOLINGS), positions=(positions, POSITIONS))
     if patch_size is None and not (kernel_size and conv_layers):
         raise errors.ArgumentError(
             f"{name}: expected kernel_size and conv_layers (CCT), or patch_size (CVT, ViT-Lite), got "

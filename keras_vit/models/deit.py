@@ -32,9 +32,10 @@ from keras_vit.layers import (
     PatchTokens,
     Tokens,
 )
+from keras_vit.layers.conv import batch_norm
 from keras_vit.layers.taps import check_tap
 from keras_vit.models.vit import MU, TI, B, H, L, S, check_size, default_size, depth
-from keras_vit.zoo import Contract, Family, builder, variant
+from keras_vit.zoo import Contract, Family, builder, check_choices, variant
 
 POOLINGS = (None, "token", "avg")
 STYLES = ("deit", "deit3")
@@ -72,9 +73,7 @@ class HMLPStem(keras.layers.Layer):
             keras.layers.Conv2D(filters, side, side, data_format="channels_last", dtype=dtype, name=f"conv_{i}")
             for i, (filters, side) in enumerate(sizes)
         ]
-        self.norms = [
-            keras.layers.BatchNormalization(momentum=0.9, epsilon=1e-5, dtype=dtype, name=f"norm_{i}") for i in range(len(sizes))
-        ]
+        self.norms = [batch_norm(dtype=dtype, name=f"norm_{i}") for i in range(len(sizes))]
 
     def build(self, input_shape):
         for conv, norm in zip(self.convs, self.norms):
@@ -234,10 +233,7 @@ def DeiT(
         errors.ArgumentError: an argument is not usable; errors.DownloadError, CheckpointFormatError, CheckpointMismatchError:
             the weights are not.
     """
-    chosen = dict(pooling=(pooling, POOLINGS), style=(style, STYLES), stem=(stem, STEMS))
-    for argument, (value, allowed) in chosen.items():
-        if value not in allowed:
-            raise errors.ArgumentError(f"{name}: expected {argument} in {allowed}, got {value!r}.")
+    check_choices(name, pooling=(pooling, POOLINGS), style=(style, STYLES), stem=(stem, STEMS))
     patch = (patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size)
     if stem == "hmlp" and patch != (16, 16):
         raise errors.ArgumentError(f"{name}: stem='hmlp' makes patches of 16 x 16, got patch_size={patch_size}; give 16.")
@@ -270,16 +266,10 @@ def DeiT(
 
 
 def _layouts():
-    block, spelled = "blocks.{i}", []
-    for theirs, ours in (("", ""), ("1", "_2")):  # of a block, and of the second branches of a parallel one
-        spelled += [
-            *torch.norm(f"{block}.norm1{theirs}", f"block_{{i}}/attention_norm{ours}"),
-            *torch.attention(f"{block}.attn{theirs}", f"block_{{i}}/attention{ours}"),
-            *torch.norm(f"{block}.norm2{theirs}", f"block_{{i}}/mlp_norm{ours}"),
-            *torch.mlp(f"{block}.mlp{theirs}", f"block_{{i}}/mlp{ours}"),
-            torch.param(f"{block}.gamma_1{'_1' if theirs else ''}", f"block_{{i}}/attention{ours}_scale/gamma"),
-            torch.param(f"{block}.gamma_2{'_1' if theirs else ''}", f"block_{{i}}/mlp{ours}_scale/gamma"),
-        ]
+    spelled = []
+    for nth, ours in (("", ""), ("1", "_2")):  # of a block, and of the second branches of a parallel one
+        spelled += torch.block("blocks.{i}", "block_{i}", nth, ours)
+        spelled += torch.attention(f"blocks.{{i}}.attn{nth}", f"block_{{i}}/attention{ours}")
     for i in range(3):  # of the original's sequence: convolution, norm, GELU
         spelled += torch.conv(f"patch_embed.proj.{3 * i}", f"patches/conv_{i}")
         spelled += torch.batch_norm(f"patch_embed.proj.{3 * i + 1}", f"patches/norm_{i}")

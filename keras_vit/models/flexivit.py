@@ -19,7 +19,7 @@ from keras_vit.layers import Block, ClassToken, MapHead, MeanTokens, PatchTokens
 from keras_vit.layers.embed import resampled
 from keras_vit.models import vit
 from keras_vit.models.vit import POOLINGS, POSITIONS, B, L, S, depth
-from keras_vit.zoo import Contract, Family, Model, builder, calls, variant
+from keras_vit.zoo import Contract, Family, Model, builder, calls, check_choices, variant
 
 CLASSIFIERS = ("token", "gap", "map")
 RESOLUTION = 240  # pixels; divisible by all of PATCH_SIZES
@@ -182,10 +182,7 @@ def FlexiViT(
         errors.ArgumentError: an argument is not usable; errors.DownloadError, CheckpointFormatError, CheckpointMismatchError:
             the weights are not.
     """
-    chosen = dict(classifier=(classifier, CLASSIFIERS), pooling=(pooling, POOLINGS), positions=(positions, POSITIONS))
-    for argument, (value, allowed) in chosen.items():
-        if value not in allowed:
-            raise errors.ArgumentError(f"{name}: expected {argument} in {allowed}, got {value!r}.")
+    check_choices(name, classifier=(classifier, CLASSIFIERS), pooling=(pooling, POOLINGS), positions=(positions, POSITIONS))
     class_token = classifier == "token"
     if not include_top and pooling in ("token", "map") and pooling != classifier:
         raise errors.ArgumentError(f"{name}: pooling={pooling!r} needs what classifier={classifier!r} has not; use 'avg'.")

@@ -7,7 +7,6 @@ Weights: google-research/vision_transformer (`gs://mixer_models`), among them th
 import keras
 from keras import ops
 
-from keras_vit import errors
 from keras_vit.checkpoints.adapt import PatchKernel, TokenCount
 from keras_vit.checkpoints.dialects import flax
 from keras_vit.checkpoints.names import Names
@@ -15,7 +14,7 @@ from keras_vit.checkpoints.weights import IMAGENET21K, google
 from keras_vit.layers import MLP, DropPath, MeanTokens, Patches, PatchGrid
 from keras_vit.layers.taps import check_tap
 from keras_vit.models.vit import ROOTS, depth
-from keras_vit.zoo import Contract, Family, builder, tap, variant
+from keras_vit.zoo import Contract, Family, builder, check_choices, tap, variant
 
 POOLINGS = (None, "avg")
 KERNEL = "block_0/token_mixing/fc1/kernel"  # by which a file says how many tokens it is for
@@ -130,8 +129,7 @@ def Mixer(
         errors.ArgumentError: an argument is not usable; errors.DownloadError, CheckpointFormatError, CheckpointMismatchError:
             the weights are not.
     """
-    if pooling not in POOLINGS:
-        raise errors.ArgumentError(f"{name}: expected pooling in {POOLINGS}, got {pooling!r}.")
+    check_choices(name, pooling=(pooling, POOLINGS))
     patch = (patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size)
     top = Contract(FAMILY, include_top, weights, input_tensor, input_shape, classes, classifier_activation, include_preprocessing)
     known = "square" if top.record and top.record.published else top.recorded_grid

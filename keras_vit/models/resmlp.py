@@ -9,7 +9,6 @@ import dataclasses
 import keras
 from keras import ops
 
-from keras_vit import errors
 from keras_vit.checkpoints.adapt import TokenCount
 from keras_vit.checkpoints.dialects import torch
 from keras_vit.checkpoints.names import Names
@@ -18,7 +17,7 @@ from keras_vit.data.pixels import IMAGENET
 from keras_vit.layers import MLP, Affine, DropPath, LayerScale, MeanTokens, Patches, PatchGrid
 from keras_vit.layers.taps import check_tap
 from keras_vit.models.vit import check_size, depth
-from keras_vit.zoo import Contract, Family, builder, tap, variant
+from keras_vit.zoo import Contract, Family, builder, check_choices, tap, variant
 
 POOLINGS = (None, "avg")
 KERNEL = "block_0/token_mixing/kernel"  # by which a file says how many tokens it is for
@@ -137,8 +136,7 @@ def ResMLP(
         errors.ArgumentError: an argument is not usable; errors.DownloadError, CheckpointFormatError, CheckpointMismatchError:
             the weights are not.
     """
-    if pooling not in POOLINGS:
-        raise errors.ArgumentError(f"{name}: expected pooling in {POOLINGS}, got {pooling!r}.")
+    check_choices(name, pooling=(pooling, POOLINGS))
     patch = (patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size)
     top = Contract(FAMILY, include_top, weights, input_tensor, input_shape, classes, classifier_activation, include_preprocessing)
     fixed = TokenCount(KERNEL, None, patch, "square" if top.record and top.record.published else top.recorded_grid)

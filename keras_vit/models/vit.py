@@ -17,7 +17,7 @@ from keras_vit.checkpoints.dialects import flax
 from keras_vit.checkpoints.names import Names
 from keras_vit.checkpoints.weights import BIG_VISION_LICENCE, IMAGENET21K, google
 from keras_vit.layers import Block, ClassToken, MapHead, MeanTokens, Patches, PatchGrid, PatchTokens, Tokens
-from keras_vit.zoo import Contract, Family, builder, variant
+from keras_vit.zoo import Contract, Family, builder, check_choices, variant
 
 CLASSIFIERS = ("token", "gap", "map", "unpooled", "token_unpooled")
 POOLINGS = (None, "token", "avg", "map")
@@ -85,10 +85,10 @@ def ViT(
         errors.ArgumentError: an argument is not usable; errors.DownloadError, CheckpointFormatError, CheckpointMismatchError:
             the weights are not.
     """
-    chosen = dict(classifier=(classifier, CLASSIFIERS), pooling=(pooling, POOLINGS), positions=(positions, POSITIONS))
-    for argument, (value, allowed) in {**chosen, "style": (style, STYLES)}.items():
-        if value not in allowed:
-            raise errors.ArgumentError(f"{name}: expected {argument} in {allowed}, got {value!r}.")
+    check_choices(
+        name, classifier=(classifier, CLASSIFIERS), pooling=(pooling, POOLINGS), positions=(positions, POSITIONS),
+        style=(style, STYLES),
+    )  # fmt: skip
     class_token = classifier in ("token", "token_unpooled")
     if not include_top and ((pooling == "token" and not class_token) or (pooling == "map" and classifier != "map")):
         raise errors.ArgumentError(f"{name}: pooling={pooling!r} needs what classifier={classifier!r} has not; use 'avg'.")

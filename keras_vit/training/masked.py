@@ -19,7 +19,7 @@ from keras import ops
 from keras_vit import zoo
 from keras_vit.errors import ArgumentError, DataError
 from keras_vit.layers import MaskToken
-from keras_vit.training.objectives import Seen, pixels_of
+from keras_vit.training.objectives import Seen
 
 _STREAM = 200  # of random numbers under one seed, apart from those of `data.pipeline`
 ATTEMPTS = 10  # boxes drawn for one block
@@ -277,8 +277,8 @@ class CodeTargets(Targets):
                 f"tokenizer {self.name}: gives a grid of {self.tokenizer.output_shape[1:3]} codes, {model.name} has "
                 f"{tuple(grid)} patches; take images, patches or a tokenizer of another size."
             )
-        own = pixels_of(model)
-        self.seen = own, self.pixels or pixels_of(self.tokenizer, own)
+        own = zoo.pixels_of(model)
+        self.seen = own, self.pixels or zoo.pixels_of(self.tokenizer, own)
         return self.vocabulary
 
     def losses(self, images, guesses, hidden):

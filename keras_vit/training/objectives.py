@@ -161,8 +161,8 @@ class Distillation(Objective):
         """
         check_distillation(type, tau, alpha)
         seen = teacher.seen_by(model) if teacher and type != "none" else None
-        two = {"head", "head_distillation"} <= {layer.name for layer in model.layers}
-        heads = keras.Model(model.inputs, [zoo.tap(model, "head"), zoo.tap(model, "head_distillation")]) if two else None
+        two = set(zoo.HEADS) <= {layer.name for layer in model.layers}
+        heads = keras.Model(model.inputs, [zoo.tap(model, name) for name in zoo.HEADS]) if two else None
         return cls(type, tau, alpha, teacher=seen, heads=heads, classes=logits(model).shape[-1])
 
     def labels(self, y):
@@ -343,15 +343,7 @@ class Teacher:
         """
         self.check(logits(student).shape[-1], student.name)
         images = keras.Input(student.input_shape[1:], name="images")
-        given = pixels_of(student, self.pixels)
+        given = zoo.pixels_of(student, self.pixels)
         seen = Seen(given, self.pixels, self.model.input_shape[1:3], dtype="float32", name="seen")(images)
         scores = keras.Model(self.model.inputs, logits(self.model), name="teacher_logits")(seen)
         return keras.Model(images, scores, name="teacher")
-
-
-def pixels_of(model, default=Pixels()):  # noqa: B008 - frozen
-    """The `Pixels` that a model wants, by its record; `default` without one."""
-    info = getattr(model, "weights_info", None) or {}
-    if info.get("include_preprocessing"):
-        return Pixels(mean=(0.0,) * 3, std=(1.0,) * 3)
-    return Pixels.from_dict(info["preprocessing"]) if "preprocessing" in info else default

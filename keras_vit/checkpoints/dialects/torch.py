@@ -88,6 +88,22 @@ def split_attention(original, ours, out, names=("query", "key", "value"), biases
     return [*kernels, *shifts, *attention_out(out, ours)]
 
 
+def block(original, ours, nth="", our_nth=""):
+    """timm's spelling of a pre-norm block but for its attention; scales of its branches, which not all blocks have, included.
+
+    Args:
+        nth, our_nth: what marks the second branches of a parallel block, in the original's names and in ours.
+    """
+    end = nth and f"_{nth}"
+    return [
+        *norm(f"{original}.norm1{nth}", f"{ours}/attention_norm{our_nth}"),
+        param(f"{original}.gamma_1{end}", f"{ours}/attention{our_nth}_scale/gamma"),
+        *norm(f"{original}.norm2{nth}", f"{ours}/mlp_norm{our_nth}"),
+        *mlp(f"{original}.mlp{nth}", f"{ours}/mlp{our_nth}"),
+        param(f"{original}.gamma_2{end}", f"{ours}/mlp{our_nth}_scale/gamma"),
+    ]
+
+
 # Where all arrays of a file lie, and what lies beside them: bare, as a parallel model keeps them, and as training jobs store them
 ROOTS = {
     "": (), "module.": (), "model/": ("optimizer/*", "lr_scheduler/*", "scaler/*", "model_ema/*"),
