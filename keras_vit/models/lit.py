@@ -19,6 +19,7 @@ from keras_vit.checkpoints.dialects import flax
 from keras_vit.checkpoints.names import Names, rule, within
 from keras_vit.checkpoints.transforms import Part, Turned, Wrapped
 from keras_vit.checkpoints.weights import google
+from keras_vit.data.pixels import Pixels
 from keras_vit.layers import MLP, Attention, Block, ClassToken
 from keras_vit.layers.taps import check_tap
 from keras_vit.models import vit
@@ -615,6 +616,7 @@ def _written(model):
     return f"linen-{kind}"
 
 
+PIXELS = Pixels(whole=True)  # preprocess.py of the original
 FAMILY = Family(
     "LiT",
     layouts=_layouts(),
@@ -622,6 +624,7 @@ FAMILY = Family(
     grid=_grid,
     sizes=_sizes,
     written=_written,
+    pixels=PIXELS,
     classifies=False,
 )
 
@@ -635,7 +638,7 @@ PLAIN_TI = dict(text_model="transformer", text_width=192, text_depth=12, text_he
 def _released(name, vocabulary):
     """What rows have of the file of a model, and of the vocabulary beside it, that it was trained with."""
     source = f"gs://vit_models/lit/{name}.{vocabulary}"
-    record = google(f"lit/{name}", classes=None, activation=None, vocabulary=source)
+    record = google(f"lit/{name}", classes=None, activation=None, pixels=PIXELS, vocabulary=source)
     return dict(weights={"lit": record}, upstream=(name,), default="lit", patch_size=16)
 
 
