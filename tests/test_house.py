@@ -13,8 +13,8 @@ PACKAGE = ROOT / "keras_vit"
 FILES = sorted(PACKAGE.rglob("*.py"))
 BACKENDS = {"tensorflow", "jax", "torch"}
 BACKEND_USERS = (
-    "data/pipeline.py", "data/text.py", "data/augment.py", "data/ops.py", "training/", "explain/gradcam.py", "hub/", "main.py",
-    "console.py",
+    "data/pipeline.py", "data/textgraph.py", "data/augment.py", "data/ops.py", "training/", "explain/gradcam.py", "hub/",
+    "main.py", "console.py",
 )  # fmt: skip
 LEVEL_0 = ("layers", "errors", "checkpoints", "data/pixels", "version")
 LEVEL_1 = (*LEVEL_0, "zoo")
@@ -27,7 +27,8 @@ ALLOWED = {
     "data/pixels": ("errors",),
     "zoo": LEVEL_0,
     "models/vit": (*LEVEL_1, "models"),
-    "models": (*LEVEL_1, "models/vit"),
+    "models": (*LEVEL_1, "models/vit", "data/text"),
+    "data/text": ("errors", "checkpoints", "data/textgraph"),
     "data": (*LEVEL_1, "data"),
     "training": (*LEVEL_1, "data", "training", "evaluation"),
     "evaluation": (*LEVEL_1, "data", "evaluation"),
