@@ -217,8 +217,8 @@ def _facts(about, extra):
             and f"float32 (batch, height, width, 3), RGB, {_RANGES[about['input_range']]}",
             "height x width": permitted,
             "texts": about.get("text_length")
-            and f"strings (batch,), UTF-8, cut after {about['text_length']} tokens of the {about['vocabulary']['kind']} vocabulary "
-            f"inside, of sha256 {about['vocabulary']['sha256']}",
+            and f"strings (batch,), UTF-8, cut after {about['text_length']} tokens of the {about['vocabulary']['kind']} "
+            f"vocabulary inside, of sha256 {about['vocabulary']['sha256']}",
             "output": f"image_embeddings, text_embeddings (n, {about['shape'][-1]}), logits (images, texts), float32"
             if about["task"] == "image_text"
             else f"{about['output']}, float32 ({', '.join(map(str, ('batch', *about['shape'])))})".replace("None", "n"),

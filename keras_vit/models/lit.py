@@ -215,7 +215,8 @@ class LiTModel(Model):
 
     @property
     def temperature(self):
-        value = float(np.exp(load.to_numpy(self._similarity("temperature").t)[0], dtype="float32"))
+        with np.errstate(over="ignore"):
+            value = float(np.exp(load.to_numpy(self._similarity("temperature").t)[0], dtype="float32"))
         if not math.isfinite(value):
             raise errors.NonFiniteError(
                 f"{self.name!r}: its temperature, the exponential of its weight t, is {value}; load intact weights, or set "
@@ -228,6 +229,12 @@ class LiTModel(Model):
         if not isinstance(value, numbers.Real) or not 0 < value < 1e30:
             raise errors.ArgumentError(f"{self.name!r}: expected a finite temperature above 0, such as 100, got {value!r}.")
         self._similarity("temperature").t.assign([math.log(value)])
+
+    def __setattr__(self, name, value):
+        if name == "temperature":  # Keras would read what is replaced, which a temperature that is not finite refuses
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     @property
     def bias(self):
