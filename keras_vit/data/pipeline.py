@@ -227,6 +227,20 @@ def open_source(dataset, split, *, data_dir=None, manual_dir=None, on_error="rai
     return _open_tfds(dataset, split, data_dir, manual_dir, limit)
 
 
+def open_files(paths):
+    """Image files as a `Source` for `numbered_batches`; nothing of them is read now, and their only class says nothing.
+
+    Args:
+        paths: one or more, of JPEG, PNG or WebP files.
+    """
+    files = tf.constant([os.fsencode(path) for path in paths])
+
+    def read(index):
+        return tf.io.read_file(tf.gather(files, index)), tf.zeros([], tf.int64)
+
+    return _Indexed("files", None, ("",), len(paths), tuple(map(os.fspath, paths)), origin="files", read=read)
+
+
 def train_batches(
     source,
     *,
@@ -461,12 +475,17 @@ def numbered_batches(source, *, size, batch, pixels=GOOGLE, prefetch=2, start=0)
 
 
 def why_unreadable(source, numbers):
-    """[(file, label, reason)] of those of a folder's files that `numbered_batches` went past, in their order.
+    """[(file, label, reason)] of those of a folder's files that `numbered_batches` went past; see `why_broken`."""
+    faults = why_broken([source.paths[number] for number in numbers])
+    return [(path, source.class_names.index(Path(path).parent.name), why) for path, why in faults]
+
+
+def why_broken(paths):
+    """[(file, reason)] of files that could not be read, in their order.
 
     Raises:
         DataError: one of them can be read now, so that the disk, the network or the memory is at fault and not the file.
     """
-    paths = [source.paths[number] for number in numbers]
     faults = {path: why for _, path, why in _undecodable((number, path, None) for number, path in enumerate(paths))[0]}
     for path in paths:
         if path not in faults:
@@ -474,7 +493,7 @@ def why_unreadable(source, numbers):
                 f"{path} could not be read, and a moment later it could: the disk, the network or a lack of memory is at fault. "
                 "Run it again."
             )
-    return [(path, source.class_names.index(Path(path).parent.name), faults[path]) for path in paths]
+    return [(path, faults[path]) for path in paths]
 
 
 def eval_image(image, size, pixels=GOOGLE):
