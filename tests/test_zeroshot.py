@@ -293,6 +293,38 @@ def test_zeroshot_of_the_digits_takes_their_words(weights, tmp_path, capsys):
     assert told["examples"] == 360 and told["class_names"] == words and 0 <= told["top1"] <= 1
 
 
+def test_retrieval_of_a_list_of_captions_counts_what_is_broken_as_not_found(model, weights, folder, tmp_path, capsys):
+    said = {  # image -> captions; the last one is of an image that is cut off
+        "red_thing/0.png": ["a red thing", "something red on a white table"], "green_thing/0.png": ["a green thing"],
+        "blue_thing/0.png": ["a blue thing"], "red_thing/1.png": ["a red thing"], "blue_thing/3.png": ["a broken thing"],
+    }  # fmt: skip
+    lines = [json.dumps({"image": name, "caption": texts}) for name, texts in said.items()]
+    lines.append('{"image": "green_thing/4.png", "caption": " "}')
+    (folder / "captions.jsonl").write_text("\n".join(lines))
+    words = ("retrieval", f"LiT_mu:{weights}", folder / "captions.jsonl", "--batch=2")
+    with pytest.warns(UserWarning, match=r"1 image\(s\) without a caption are left out: .*green_thing/4.png"):
+        status, told, err = command(capsys, *words, "--json")
+    assert status == 0, err
+    assert [each["file"] for each in told["unreadable"]] == [str(folder / "blue_thing" / "3.png")]
+    assert any("'a red thing'" in note for note in told["notes"])
+    images = [pipeline.eval_image(pipeline.read_image(folder / name), 32) for name in list(said)[:4]]
+    texts = [text for each in said.values() for text in each]
+    scores = model.encode_image(np.stack(images)) @ model.encode_text(texts).T
+    image_of = np.repeat(range(5), [len(each) for each in said.values()])
+    same = np.array([[text in said[name] for text in texts] for name in list(said)[:4]])  # by their words
+    ties = same & (image_of != np.arange(4)[:, None])
+    best = np.where(image_of == np.arange(4)[:, None], scores, -np.inf).max(1, keepdims=True)
+    before = np.sum((scores > best + 1e-6) | ties & (np.abs(scores - best) < 1e-6), axis=1)
+    assert told["image_to_text"]["at"] == {str(k): np.sum(before < k) / 5 for k in (1, 5, 10)}
+    assert told["text_to_image"]["queries"] == 6 and told["text_to_image"]["candidates"] == 4
+    assert told["text_to_image"]["at"]["10"] == 5 / 6  # among four all are found, but one is broken
+    with pytest.warns(UserWarning, match="without a caption"):
+        status, text, _ = command(capsys, *words)
+    assert "recall@1" in text and "1, counted as not found: " in text
+    status, _, err = command(capsys, *words[:2], tmp_path / "none.tsv")
+    assert status == 1 and "none.tsv" in err
+
+
 def test_search_shows_the_best_images_of_a_folder(model, weights, folder, tmp_path, capsys):
     words = ("search", folder, "a red thing", f"--model=LiT_mu:{weights}", "--top=4", f"--cache={tmp_path / 'cache'}")
     status, told, err = command(capsys, *words, f"--out={tmp_path / 'sheet.png'}", "--json")
