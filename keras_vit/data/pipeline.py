@@ -238,7 +238,7 @@ def open_files(paths):
     def read(index):
         return tf.io.read_file(tf.gather(files, index)), tf.zeros([], tf.int64)
 
-    return _Indexed("files", None, ("",), len(paths), tuple(map(os.fspath, paths)), origin="files", read=read)
+    return Indexed("files", None, ("",), len(paths), tuple(map(os.fspath, paths)), origin="files", read=read)
 
 
 def train_batches(

@@ -11,7 +11,7 @@ import dataclasses
 
 import numpy as np
 
-from keras_vit import errors
+from keras_vit import errors, zoo
 from keras_vit.evaluation import classify
 
 AT = (1, 5, 10)
@@ -104,6 +104,41 @@ def retrieval(images, texts, image_of, at=AT, missing=()):
         int(np.count_nonzero(~captioned)),
         int(np.count_nonzero(~there)),
     )
+
+
+def evaluate(model, source, *, batch=32):
+    """`retrieval` of a data set of images with captions.
+
+    Args:
+        model: with `image_tower`, `encode_image` and `encode_text`.
+        source: of `keras_vit.data.captions.open_captions`, with captions themselves, not sentences of classes.
+        batch: images at once, and texts.
+
+    Returns:
+        (a `Retrieval`, [(file, reason)] of images that cannot be read).
+
+    Raises:
+        errors.DataError: no image can be read; a file could not be read, and a moment later it could.
+        tf.errors.OpError: an example of a TFDS data set cannot be read; see `pipeline.raise_unreadable`.
+    """
+    from keras_vit.data import pipeline  # imports TensorFlow
+
+    size, pixels = model.image_tower.input_shape[1:3], zoo.pixels_of(model)
+    rows, said = {}, dict(enumerate(each.split("\n") for each in source.captions))
+    for numbers, images, texts in pipeline.numbered_batches(source, size=size, batch=batch, pixels=pixels).as_numpy_iterator():
+        rows |= zip(numbers.tolist(), model.encode_image(images, batch_size=batch))
+        said |= {number: text.decode().split("\n") for number, text in zip(numbers.tolist(), texts)}
+    missing = [number for number in said if number not in rows]
+    broken = pipeline.why_broken([source.paths[number] for number in missing]) if missing else []
+    if not rows:
+        raise errors.DataError(f"{source.dataset}: none of its {len(said)} images can be read; check its split and the files.")
+    images = np.zeros((len(said), len(next(iter(rows.values())))), np.float32)
+    images[list(rows)] = list(rows.values())
+    image_of = [number for number, texts in sorted(said.items()) for _ in texts]
+    unique = list(dict.fromkeys(text for texts in said.values() for text in texts))  # the same words are embedded once
+    place = {text: at for at, text in enumerate(unique)}
+    texts = model.encode_text(unique, batch_size=batch)[[place[text] for _, texts in sorted(said.items()) for text in texts]]
+    return retrieval(images, texts, image_of, missing=missing), broken
 
 
 def _embeddings(rows, what):
