@@ -406,7 +406,7 @@ def search_(args):
         model, args.folder, cache=args.cache, batch=args.batch, progress=lambda done, whole: progress(f"{done:,} of {whole:,}")
     )
     times.append(time.perf_counter())
-    hits = search.search(model, found, args.text, args.top)
+    hits = search.search(model, found, args.text, args.top, once=True)
     times.append(time.perf_counter())
     gradcam.save_png(args.out, search.contact_sheet(found, hits, args.text))
     document = dict(

@@ -231,7 +231,8 @@ def test_zeroshot_evaluates_a_folder_as_validate_does_and_goes_on_after_an_inter
     words = ("zeroshot", f"LiT_mu:{weights}", folder, "--batch=4", "--json", f"--resume={tmp_path / 'state.json'}")
     classifier = keras_vit.zero_shot(model, ["blue_thing", "green_thing", "red_thing"], "lit")
     source = pipeline.open_source(folder, None, on_error="keep")
-    whole = validate.validate(classifier.predict_on_batch, source, size=(32, 32), batch=4)
+    pixels = zoo.pixels_of(model)
+    whole = validate.validate(classifier.predict_on_batch, source, size=(32, 32), batch=4, pixels=pixels)
     run, calls = keras.Model.predict_on_batch, []
 
     def stops(self, x):
@@ -307,7 +308,8 @@ def test_retrieval_of_a_list_of_captions_counts_what_is_broken_as_not_found(mode
     assert status == 0, err
     assert [each["file"] for each in told["unreadable"]] == [str(folder / "blue_thing" / "3.png")]
     assert any("'a red thing'" in note for note in told["notes"])
-    images = [pipeline.eval_image(pipeline.read_image(folder / name), 32) for name in list(said)[:4]]
+    pixels = zoo.pixels_of(model)
+    images = [pipeline.eval_image(pipeline.read_image(folder / name), 32, pixels) for name in list(said)[:4]]
     texts = [text for each in said.values() for text in each]
     scores = model.encode_image(np.stack(images)) @ model.encode_text(texts).T
     image_of = np.repeat(range(5), [len(each) for each in said.values()])
@@ -331,7 +333,9 @@ def test_search_shows_the_best_images_of_a_folder(model, weights, folder, tmp_pa
     assert status == 0 and "embedded 18 of 18" in err
     found = search.index(model, folder, cache=tmp_path / "cache")
     assert found.added == 0 and told["added"] == 18 and told["images"] == 17
-    assert told["hits"] == [hit._asdict() for hit in search.search(model, found, "a red thing", top=4)]
+    hits = search.search(model, found, "a red thing", top=4)
+    assert [each["name"] for each in told["hits"]] == [hit.name for hit in hits]
+    assert [each["score"] for each in told["hits"]] == pytest.approx([hit.score for hit in hits], abs=1e-5)
     assert [each["file"] for each in told["unreadable"]] == ["blue_thing/3.png"] and told["seconds"]["search"] > 0
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.width == 12 + 4 * (224 + 12)

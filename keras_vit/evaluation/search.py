@@ -115,7 +115,7 @@ def index(model, folder, *, cache=None, batch=32, every=EVERY, progress=None):
     return Index(folder, tuple(names), embeddings, broken, others, added, removed, place)
 
 
-def search(model, found, text, top=TOP):
+def search(model, found, text, top=TOP, *, once=False):
     """The images that fit a text best, the best first; equal ones by name.
 
     Args:
@@ -123,6 +123,8 @@ def search(model, found, text, top=TOP):
         found: of `index`.
         text: what to look for.
         top: how many, above 0.
+        once: whether no other search will follow: TensorFlow then runs the text tower without compiling it first, which would
+            take longer than one text.
 
     Returns:
         [`Hit`], fewer than `top` where there are not as many images.
@@ -131,7 +133,10 @@ def search(model, found, text, top=TOP):
         raise errors.ArgumentError(f"search: expected a text to look for, got {text!r}.")
     if not isinstance(top, int) or isinstance(top, bool) or top < 1:
         raise errors.ArgumentError(f"search: expected top to be a whole number above 0, got {top!r}.")
-    (embedding,) = np.asarray(model.encode_text([text]), np.float32)
+    if once and keras.config.backend() == "tensorflow" and model.tokenizer is not None:
+        (embedding,) = keras.ops.convert_to_numpy(model.text_tower(model.tokenizer([text]), training=False))
+    else:
+        (embedding,) = np.asarray(model.encode_text([text]), np.float32)
     if embedding.shape != found.embeddings.shape[1:] or not np.isfinite(embedding).all():
         raise errors.ArgumentError(
             f"search: expected a finite embedding of {found.embeddings.shape[1]} numbers for the text, got shape "

@@ -4,7 +4,6 @@ Weights: google-research/vision_transformer (`gs://vit_models/lit`), with the wi
 BERT (arXiv 1810.04805, as google/flaxformer has it) and a plain transformer.
 """
 
-import importlib
 import math
 import numbers
 import pathlib
@@ -14,12 +13,13 @@ import numpy as np
 from keras import ops
 
 from keras_vit import errors
-from keras_vit.checkpoints import adapt, fetch, load
+from keras_vit.checkpoints import adapt, load
 from keras_vit.checkpoints.dialects import flax
 from keras_vit.checkpoints.names import Names, rule, within
 from keras_vit.checkpoints.transforms import Part, Turned, Wrapped
 from keras_vit.checkpoints.weights import google
 from keras_vit.data.pixels import Pixels
+from keras_vit.data.text import Tokenizer, from_dict, open_tokenizer
 from keras_vit.layers import MLP, Attention, Block, ClassToken
 from keras_vit.layers.taps import check_tap
 from keras_vit.models import vit
@@ -86,11 +86,11 @@ class PostNormBlock(keras.layers.Layer):
     def __init__(self, heads, mlp, dropout_rate=0.0, epsilon=1e-12, **kwargs):
         super().__init__(**kwargs)
         self.heads, self.mlp_width, self.dropout_rate, self.epsilon = heads, mlp, dropout_rate, epsilon
-        dtype, stddev = self.dtype_policy, 0.02
-        self.attention = Attention(heads, kernel_stddev=stddev, dtype=dtype, name="attention")
+        dtype = self.dtype_policy
+        self.attention = Attention(heads, dtype=dtype, name="attention")
         self.dropout = keras.layers.Dropout(dropout_rate, dtype=dtype, name="dropout")
         self.attention_norm = keras.layers.LayerNormalization(epsilon=epsilon, dtype=dtype, name="attention_norm")
-        self.mlp = MLP(mlp, dropout_rate, kernel_stddev=stddev, dtype=dtype, name="mlp")
+        self.mlp = MLP(mlp, dropout_rate, dtype=dtype, name="mlp")
         self.mlp_norm = keras.layers.LayerNormalization(epsilon=epsilon, dtype=dtype, name="mlp_norm")
 
     def get_config(self):
@@ -309,17 +309,13 @@ class LiTModel(Model):
         return self._needed("similarity", asked)
 
 
-def _texts():
-    return importlib.import_module("keras_vit.data.text")
-
-
 def _tokenizer(model):
     """The tokenizer of a model's facts, made once."""
     record = model._facts.get("tokenizer")
     if record is None:
         return None
     if getattr(model, "_made_tokenizer", (None, None))[0] is not record:
-        object.__setattr__(model, "_made_tokenizer", (record, _texts().from_dict(record)))
+        object.__setattr__(model, "_made_tokenizer", (record, from_dict(record)))
     return model._made_tokenizer[1]
 
 
@@ -470,22 +466,19 @@ def _transformer(tokens, vocabulary_size, width, depth, heads, mlp, positions, d
 
 def open_vocabulary(top, name, vocabulary, text_model, vocabulary_size, length):
     """The tokenizer of a text tower: of what the caller gave, else of what was published with the weights, else None."""
-    record = top.record
-    if vocabulary is None and record is not None:
-        vocabulary = record.vocabulary
+    if vocabulary is None and top.record is not None:
+        vocabulary = top.record.vocabulary
     if vocabulary is None:
         return None
-    if hasattr(vocabulary, "to_dict"):
-        tokenizer = vocabulary
-    else:
-        fetched = fetch.fetch(WORDS if vocabulary == "words" else vocabulary)
-        tokenizer = _texts().open_tokenizer(fetched.path, length=length, sha256=fetched.sha256)
+    tokenizer = vocabulary
+    if not isinstance(vocabulary, Tokenizer):
+        tokenizer = open_tokenizer(WORDS if vocabulary == "words" else vocabulary, length=length)
     fits = dict(kind="wordpiece" if text_model == "bert" else None, vocabulary_size=vocabulary_size, length=length)
     for what, expected in fits.items():
         if expected is not None and getattr(tokenizer, what) != expected:
             raise errors.ArgumentError(
-                f"{name}: expected a vocabulary of {what.replace('_', ' ')} {expected}, got {getattr(tokenizer, what)} from "
-                f"{vocabulary}; it belongs to another model. Give the one that was published with the weights."
+                f"{name}: expected a vocabulary of {what.replace('_', ' ')} {expected}, got {getattr(tokenizer, what)}; "
+                "it belongs to another model. Give the one that was published with the weights."
             )
     return tokenizer
 
