@@ -6,6 +6,7 @@ from keras_vit import errors, zoo
 from keras_vit import models as _families  # noqa: F401 - registers every family
 from keras_vit.checkpoints import augreg
 from keras_vit.evaluation.classify import decode_predictions
+from keras_vit.evaluation.zeroshot import zero_shot
 from keras_vit.version import __version__
 from keras_vit.zoo import create_model, list_models, list_weights, load_weights, preprocess_input, save_npz
 
@@ -15,7 +16,7 @@ globals().update(_CONSTRUCTORS)
 
 __all__ = [
     "augreg", "create_model", "decode_predictions", "errors", "hub", "list_models", "list_weights", "load_weights",
-    "preprocess_input", "save_npz", "__version__", *_CONSTRUCTORS,
+    "preprocess_input", "save_npz", "zero_shot", "__version__", *_CONSTRUCTORS,
 ]  # fmt: skip
 
 

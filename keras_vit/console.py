@@ -1,5 +1,5 @@
-"""The command `keras-vit`: what there is, what a file is, downloads, other layouts, how good a model is, what it looks at, and
-whether this machine is in order.
+"""The command `keras-vit`: what there is, what a file is, downloads, other layouts, how good a model is, what it looks at, which
+images fit a text, and whether this machine is in order.
 
   keras-vit list 'ViT_B*'
   keras-vit inspect ViT_B16:imagenet21k
@@ -9,14 +9,17 @@ whether this machine is in order.
   keras-vit evaluate ViT_B16 imagenet2012:validation
   keras-vit validate ViT_B16 imagenet/val
   keras-vit fewshot ViT_B16:imagenet21k flowers --shots=1,5,10
+  keras-vit zeroshot LiT_B16B_2 imagenet/val --prompts=lit
+  keras-vit retrieval LiT_B16B_2 coco/captions.jsonl
+  keras-vit search photos 'two dogs on grass'
   keras-vit explain gradcam ViT_B16 flower.jpg --class=985
   keras-vit doctor
 
 A file (.npz, .safetensors, or .pth and its like of PyTorch) is a path, a gs://, hf:// or https:// URL, timm/MODEL.TAG, an AugReg
 file name, or VARIANT:TAG with the names that `list` shows or upstream ones; VARIANT alone stands for VARIANT:imagenet. The exit
 status is 0, 1 after an error, which is one line on stderr, and 2 after wrong usage. Where Keras cannot be imported with its usual
-backend, all of these run under KERAS_BACKEND=numpy, evaluate, validate, fewshot and explain excepted: images are read by
-TensorFlow, and models run on the backend.
+backend, all of these run under KERAS_BACKEND=numpy but those that run models on images, which TensorFlow reads: evaluate,
+validate, fewshot, zeroshot, retrieval, search and explain.
 """
 
 import argparse
@@ -26,6 +29,7 @@ import fnmatch
 import functools
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -45,7 +49,7 @@ import keras_vit
 from keras_vit import errors, zoo
 from keras_vit.checkpoints import augreg, fetch, files, load
 from keras_vit.checkpoints.weights import IMAGENET21K, head_activation
-from keras_vit.evaluation import classify, fewshot, real, validate
+from keras_vit.evaluation import classify, fewshot, prompts, real, retrieval, search, validate, zeroshot
 
 BACKENDS = ("tensorflow", "jax", "torch")
 PACKAGES = (
@@ -287,20 +291,148 @@ def convert(args):
 
 
 def evaluate(args):
-    return _evaluated(args, _source(*_split(args.dataset), args))
+    return _evaluated(args, _source(*_split(args.dataset), args), *_model(args.model))
 
 
 def validate_(args):
+    return _evaluated(args, _classes_of(args.folder), *_model(args.model))
+
+
+def zero_shot(args):
+    source = _classes_of(args.dataset) if os.path.isdir(args.dataset) else _source(*_split(args.dataset), args)
+    model = _pair(args.model)
+    chosen = dict(class_names=_class_names(args.classes, source), prompts=_prompts(args.prompts), canonicalize=not args.verbatim)
+    classifier = zeroshot.zero_shot(model, **chosen)
+    told = {key: classifier.weights_info[key] for key in ("class_names", "prompts")}
+    document, ((header, facts), *tables), status = _evaluated(args, source, classifier, zoo.pixels_of(model))
+    facts.insert(2, ("prompts", f"{len(told['prompts'])}: {_some(told['prompts'])}"))
+    return document | told, [(header, facts), *tables], status
+
+
+def _class_names(word, source):
+    """What `zeroshot.zero_shot` takes as class names, in the order of a data set's labels, of the argument --classes."""
+    labels, lists = list(source.class_names), zeroshot.lists()
+    if word is None:
+        return "imagenet" if labels == classify.imagenet_ids() else labels
+    if word in lists:
+        if zeroshot.SHORT.get(word, word) == "imagenet2012":  # of which data sets know ids, not names
+            if len(labels) != 1000:
+                raise errors.ArgumentError(f"{source.dataset}: expected 1,000 classes for --classes={word}, got {len(labels):,}.")
+            classify.check_classes(labels, 1000, source.dataset)
+            return word
+        return dict(zip(labels, prompts.class_names(zeroshot.SHORT.get(word, word), labels)))
+    if not os.path.isfile(word):
+        raise errors.ArgumentError(
+            f"--classes={word}: expected a file of names or one of {', '.join(lists)}; {_near(word, lists)}."
+        )
+    names = _read_names(word)
+    if isinstance(names, dict):
+        if set(names) != set(labels):
+            missing, unknown = (_some(sorted(a - b)) or "none" for a, b in itertools.permutations((set(labels), set(names))))
+            raise errors.ArgumentError(
+                f"{word}: expected names for the classes of {source.dataset}; missing: {missing}; unknown: {unknown}."
+            )
+        return {label: names[label] for label in labels}
+    if len(names) != len(labels):
+        raise errors.ArgumentError(
+            f"{word}: expected a line for each of the {len(labels)} classes of {source.dataset}: {_some(labels)}; got "
+            f"{len(names)} lines."
+        )
+    return names
+
+
+def _read_names(path):
+    """The lines of a text file, or what a .json file holds: {label: names}."""
+    try:
+        text = pathlib.Path(path).read_text(encoding="utf-8")
+        if not path.endswith(".json"):
+            return text.splitlines()
+        found = json.loads(text)
+        if isinstance(found, dict):
+            return found
+        raise ValueError(f"a {type(found).__name__}")
+    except (OSError, ValueError, RecursionError) as error:
+        raise errors.ArgumentError(
+            f"{path}: expected lines of UTF-8 text, or in JSON {{label: name or names}}: {error}."
+        ) from error
+
+
+def _prompts(words):
+    """What `zeroshot.zero_shot` takes as prompts."""
+    if words is None:
+        return "lit"
+    if len(words) > 1:
+        return words
+    return _read_names(words[0]) if os.path.isfile(words[0]) else words[0]
+
+
+def retrieval_(args):
+    from keras_vit.data import captions  # imports TensorFlow
+
+    dataset, split = (args.captions, None) if os.path.exists(args.captions) else _split(args.captions)
+    source = captions.open_captions(dataset, split, text=args.text, data_dir=args.data_dir)
+    model = _pair(args.model)
+    found, broken = _reading(lambda: retrieval.evaluate(model, source, batch=args.batch), source)
+    ways = {"image to text": found.image_to_text, "text to image": found.text_to_image}
+    document = dict(
+        model=args.model, dataset=source.dataset, split=source.split, notes=source.notes, backend=keras.config.backend(),
+        unreadable=[dict(file=path, reason=why) for path, why in broken],
+        **{way.replace(" ", "_"): dataclasses.asdict(recall) for way, recall in ways.items()},
+    )  # fmt: skip
+    facts = [
+        ("model", args.model), ("data", ", ".join(filter(None, (source.dataset, source.split)))),
+        ("images", f"{found.image_to_text.queries:,}"), ("captions", f"{found.text_to_image.queries:,}"),
+        *(("note", note) for note in source.notes),
+    ]  # fmt: skip
+    if broken:
+        named = _some([f"{path} ({why})" for path, why in broken])
+        facts.append(("unreadable", f"{len(broken):,}, counted as not found: {named}"))
+    rows = [
+        (way, *(f"{recall.at[k]:.1%}" for k in retrieval.AT), f"{recall.median_rank:g}", recall.tied)
+        for way, recall in ways.items()
+    ]
+    header = ("", *(f"recall@{k}" for k in retrieval.AT), "median rank", "tied")
+    return document, [((), facts), (header, rows)], 0
+
+
+def search_(args):
+    from keras_vit.explain import gradcam
+
+    gradcam.check_png(args.out)
+    model = _pair(args.model)
+    times = [time.perf_counter()]
+    progress = functools.partial(print, "keras-vit: embedded", file=sys.stderr)
+    found = search.index(
+        model, args.folder, cache=args.cache, batch=args.batch, progress=lambda done, whole: progress(f"{done:,} of {whole:,}")
+    )
+    times.append(time.perf_counter())
+    hits = search.search(model, found, args.text, args.top, once=True)
+    times.append(time.perf_counter())
+    gradcam.save_png(args.out, search.contact_sheet(found, hits, args.text))
+    document = dict(
+        model=args.model, folder=args.folder, text=args.text, images=len(found.names), added=found.added, removed=found.removed,
+        others=found.others, unreadable=[dict(zip(("file", "reason"), each)) for each in found.broken], index=str(found.place),
+        seconds=dict(zip(("index", "search"), np.diff(times).tolist())), hits=[hit._asdict() for hit in hits], path=str(args.out),
+    )  # fmt: skip
+    facts = [
+        ("model", args.model), ("images", f"{len(found.names):,} of {args.folder}, of which {found.added:,} embedded now"),
+        *([("not looked into", f"{found.others:,} other files")] if found.others else []),
+        *([("unreadable", _some([f"{name} ({why})" for name, why in found.broken]))] if found.broken else []),
+        ("search", f"{document['seconds']['search']:.3f} s"), ("written", str(args.out)),
+    ]  # fmt: skip
+    return document, [((), facts), (("score", "image"), [(f"{hit.score:.4f}", _line(hit.name)) for hit in hits])], 0
+
+
+def _classes_of(folder):
     from keras_vit.data import pipeline  # imports TensorFlow
 
-    root, split = _folder(args.folder)
-    return _evaluated(args, pipeline.open_source(root, split, on_error="keep"))
+    root, split = _folder(folder)
+    return pipeline.open_source(root, split, on_error="keep")
 
 
-def _evaluated(args, source):
-    """What `evaluate` and `validate_` do once the data set is open."""
+def _evaluated(args, source, model, pixels):
+    """What `evaluate`, `validate_` and `zero_shot` do once data set and model are there."""
     dataset = source.dataset
-    model, pixels = _model(args.model)
     options = _kind(model)
     classify.check_classes(source.class_names, model.output_shape[-1], dataset)
     if model.output_shape[-1] != source.num_classes:
@@ -449,8 +581,8 @@ def _info(model):
     return getattr(model, "weights_info", {})
 
 
-def _model(word):
-    """(model, the `Pixels` it wants) of VARIANT, VARIANT:WEIGHTS or a .keras file.
+def _built(word):
+    """The model of VARIANT, VARIANT:WEIGHTS or a .keras file.
 
     Raises:
         errors.ArgumentError: it is none of them.
@@ -459,16 +591,34 @@ def _model(word):
     if name in _rows():
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*is all zeros")  # evaluate refuses it, fewshot does not use it
-            model = _rows()[name].build(weights=weights or "imagenet")
-    elif word.endswith(".keras"):
+            return _rows()[name].build(**({"weights": weights} if weights else {}))
+    if word.endswith(".keras"):
         try:
-            model = keras.saving.load_model(word, compile=False)
+            return keras.saving.load_model(word, compile=False)
         except Exception as error:  # Keras says in many ways that a file is missing, damaged or of unknown classes
             raise errors.ArgumentError(f"{word}: expected a model stored by Keras, which cannot load it: {error}") from error
-    else:
-        raise errors.ArgumentError(f"{word}: expected VARIANT[:WEIGHTS] or a .keras file; {_near(name, _rows())}.")
+    raise errors.ArgumentError(f"{word}: expected VARIANT[:WEIGHTS] or a .keras file; {_near(name, _rows())}.")
+
+
+def _pair(word):
+    """The model of images and texts that `_built` finds."""
+    model = _built(word)
+    if not all(isinstance(getattr(model, tower, None), keras.Model) for tower in ("image_tower", "text_tower")):
+        pairs = [name for name, row in zoo.VARIANTS.items() if row.takes("towers")]
+        raise errors.ArgumentError(f"{word}: expected a model of images and texts, such as {', '.join(pairs)}, got another one.")
+    return model
+
+
+def _model(word):
+    """(classifier or other model of images, the `Pixels` it wants) that `_built` finds."""
+    model = _built(word)
     shapes = model.input_shape, model.output_shape
-    if any(isinstance(shape, list) for shape in shapes) or len(shapes[0]) != 4 or None in shapes[0][1:] or shapes[0][3] != 3:
+    if (
+        any(isinstance(shape, (list, dict)) for shape in shapes)
+        or len(shapes[0]) != 4
+        or None in shapes[0][1:]
+        or shapes[0][3] != 3
+    ):
         raise errors.ArgumentError(
             f"{word}: expected a model of RGB images of one size, got input {shapes[0]}, output {shapes[1]}."
         )
@@ -710,6 +860,41 @@ def _parser():
     added.add_argument("--seeds", type=_number, default=len(fewshot.SEEDS), help="draws of the images, by default 3")
     _add_batch(added)
     added.add_argument("--data-dir", metavar="FOLDER", help="where TFDS keeps its data sets")
+    added = command(
+        "zeroshot", zero_shot, "as validate, of a model of images and texts, whose classifier is made of the classes' names"
+    )  # fmt: skip
+    added.add_argument("model", help="VARIANT[:WEIGHTS] or FILE.keras of images and texts, such as LiT_B16B_2")
+    added.add_argument("dataset", help="a folder as of validate, or a data set as of evaluate")
+    added.add_argument(
+        "--classes", metavar="NAME|FILE", help=f"what the classes are called: {', '.join(zeroshot.lists())}; a text file of a "
+        "line for each, in the order of the labels; or a file of JSON, {label: name or names}. By default as in the data set, "
+        "or, where these are ImageNet's ids, as published for it"
+    )  # fmt: skip
+    added.add_argument(
+        "--prompts", action="append", metavar="NAME|FILE|TEXT", help=f"{', '.join(prompts.list_prompts())}; a file of a line for "
+        "each; or a text with {} for the name, which may be repeated. By default lit, as the figures of LiT's model card"
+    )  # fmt: skip
+    added.add_argument("--verbatim", action="store_true", help="leave names and prompts their capitals and punctuation")
+    _add_evaluating(added)
+    added.add_argument("--data-dir", metavar="FOLDER", help="where TFDS keeps its data sets")
+    added = command("retrieval", retrieval_, "recall of images by their captions and of captions by their images")
+    added.add_argument("model", help="VARIANT[:WEIGHTS] or FILE.keras of images and texts, such as LiT_B16B_2")
+    added.add_argument(
+        "captions", help="a .tsv or .jsonl file, a folder of images with .txt files, or a TFDS name; with :SPLIT, by default test"
+    )
+    added.add_argument("--text", metavar="FEATURE", help="of TFDS, that has the captions, such as captions/text")
+    _add_batch(added)
+    added.add_argument("--data-dir", metavar="FOLDER", help="where TFDS keeps its data sets")
+    added = command("search", search_, "find the images of a folder that fit a text, and write them on a contact sheet")
+    added.add_argument("folder", help="of images, at any depth; what is known of them is kept in its hidden folder .keras_vit")
+    added.add_argument("text", help="what to look for, such as 'two dogs on grass'")
+    added.add_argument("--model", default="LiT_B16B_2", help="VARIANT[:WEIGHTS] or FILE.keras, by default LiT_B16B_2")
+    added.add_argument("--top", type=_number, default=search.TOP, help=f"images to show, by default {search.TOP}")
+    added.add_argument("--cache", metavar="FOLDER", help="keep what is known of the images there")
+    added.add_argument(
+        "--out", type=pathlib.Path, default=pathlib.Path("search.png"), metavar="FILE.png", help="by default search.png, here"
+    )  # fmt: skip
+    _add_batch(added)
     explain = commands.add_parser("explain", help="show what a model looks at").add_subparsers(required=True, metavar="HOW")
     added = command("gradcam", gradcam, "write where in an image a class's score comes from, in colour over the image", explain)
     added.add_argument("model", help="VARIANT[:WEIGHTS] or FILE.keras")

@@ -37,13 +37,14 @@ ORDER, AUGMENT, MIX = 0, 1, 2  # separate streams of random numbers under one se
 RANDAUGMENT, ERASING = 2, 3  # and under one example's; 0 and 1 are the crop and the flip
 KERNELS = {"bilinear": "triangle", "bicubic": "keyscubic"}  # names of the operation that samples
 LABELS = "labels must lie in"  # how `one_hot` begins to complain
+SILENT = "has no caption"  # how `data.captions` does
 JPEG = b"\xff\xd8\xff"
 # Errors of tf.data that may come from the data; a lost worker or full memory does not, and is no reason to read all of it again
 READING = (
     tf.errors.InvalidArgumentError, tf.errors.DataLossError, tf.errors.FailedPreconditionError, tf.errors.NotFoundError,
     tf.errors.PermissionDeniedError, tf.errors.UnknownError,
 )  # fmt: skip
-_fold_in = tf.random.experimental.stateless_fold_in
+fold_in = tf.random.experimental.stateless_fold_in
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +78,14 @@ class Source:
         """How many classes there are: the width of the one-hot labels."""
         return len(self.class_names)
 
+    def drawn(self, label, key):
+        """What of an example's label a training step sees; `key` is two integers."""
+        return label
+
+    def encoded(self, labels):
+        """A batch of labels as `train_batches` and `eval_batches` give them: (n,) -> float32 (n, classes) one-hot."""
+        return one_hot(labels, self.num_classes)
+
     def fingerprint(self):
         """What must be the same for a stream of these examples to be the same: a dict that JSON keeps.
 
@@ -105,7 +114,7 @@ class Source:
         ]
         before, after = list(fingerprint.get("class_names", [])), now["class_names"]
         if before != after:
-            gone, new = (_listed(map(repr, sorted(set(a) - set(b)))) for a, b in ((before, after), (after, before)))
+            gone, new = (listed(map(repr, sorted(set(a) - set(b)))) for a, b in ((before, after), (after, before)))
             different = f"classes only before: {gone or 'none'}; only now: {new or 'none'}"
             changes.insert(0, different if gone or new else "its classes are in another order")
         if not changes and fingerprint.get("examples") != now["examples"]:
@@ -115,7 +124,7 @@ class Source:
 
 
 @dataclass(frozen=True, eq=False)
-class _Indexed(Source):
+class Indexed(Source):
     """Examples that can be had by number: `read(index)`. A whole epoch is shuffled."""
 
     def ordered(self):
@@ -127,7 +136,7 @@ class _Indexed(Source):
 
 
 @dataclass(frozen=True, eq=False)
-class _Stream(Source):
+class Stream(Source):
     """Examples that come one after the other in a fixed order: `read(example)`.
 
     Attributes:
@@ -218,6 +227,20 @@ def open_source(dataset, split, *, data_dir=None, manual_dir=None, on_error="rai
     return _open_tfds(dataset, split, data_dir, manual_dir, limit)
 
 
+def open_files(paths):
+    """Image files as a `Source` for `numbered_batches`; nothing of them is read now, and their only class says nothing.
+
+    Args:
+        paths: one or more, of JPEG, PNG or WebP files.
+    """
+    files = tf.constant([os.fsencode(path) for path in paths])
+
+    def read(index):
+        return tf.io.read_file(tf.gather(files, index)), tf.zeros([], tf.int64)
+
+    return Indexed("files", None, ("",), len(paths), tuple(map(os.fspath, paths)), origin="files", read=read)
+
+
 def train_batches(
     source,
     *,
@@ -234,6 +257,7 @@ def train_batches(
     mixup=0.0,
     cutmix=0.0,
     targets=None,
+    embeddings=None,
     prefetch=2,
     start=0,
     shard=(0, 1),
@@ -263,6 +287,8 @@ def train_batches(
         mixup: alpha of `augment.mix`; each example is mixed with the one before it in the global batch. 0 for none.
         cutmix: alpha of CutMix, likewise; where both are above 0, each has half of the batches.
         targets: float32 (n, c), a row for each example by its number in the source, put behind its one-hot label; not mixed.
+        embeddings: float32 (n, d), a row for each example likewise, that stands in the place of its image, which is then not even
+            read (nor augmented).
         prefetch: batches prepared ahead.
         start: how many examples were already consumed, by all workers: the stream goes on exactly there.
         shard: (worker, workers): this worker's equal part of every batch, in order; the workers' parts together are the batch of
@@ -285,7 +311,10 @@ def train_batches(
     if targets is not None and (mixup or cutmix):
         raise ArgumentError("targets of single images cannot be mixed: set mixup and cutmix to 0, or leave targets out.")
     worker, share = _share(shard, batch)
+    if embeddings is not None and (augment or randaugment or increasing or erasing or mixup or cutmix):
+        raise ArgumentError("embeddings of images cannot be augmented: set augment=False and the other kinds to none.")
     rows_of = [] if targets is None else [tf.constant(targets, tf.float32)]
+    embeddings = None if embeddings is None else tf.constant(embeddings, tf.float32)
     _whole_numbers(1, repeats=repeats)
     if increasing:
         augmentation.check_randaugment(*increasing)
@@ -298,6 +327,9 @@ def train_batches(
         (index, example), (_, draws) = numbered, epoch
         content, label = source.read(example)
         key = tf.stack([draws, index])
+        label = source.drawn(label, key)
+        if embeddings is not None:
+            return tf.gather(embeddings, index), label, *(tf.gather(rows, index) for rows in rows_of)
         if augment:
             seeds = tf.unstack(tf.random.split(key, 2))
             image, flip = random_crop(content, seeds[0], source.all_jpeg), tf.random.stateless_uniform([], seeds[1]) > 0.5
@@ -309,12 +341,12 @@ def train_batches(
         if flip is not None:
             image = _flipped(image, flip)
         if layers:
-            image = augmentation.randaugment(image, layers, magnitude, _fold_in(key, RANDAUGMENT))
+            image = augmentation.randaugment(image, layers, magnitude, fold_in(key, RANDAUGMENT))
         if increasing:
-            image = augmentation.increasing_randaugment(image, *increasing, _fold_in(key, RANDAUGMENT))
+            image = augmentation.increasing_randaugment(image, *increasing, fold_in(key, RANDAUGMENT))
         image = pixels.normalize(image)
         if erasing:
-            image = augmentation.random_erasing(image, _fold_in(key, ERASING), erasing)
+            image = augmentation.random_erasing(image, fold_in(key, ERASING), erasing)
         return image, label, *(tf.gather(rows, index) for rows in rows_of)
 
     mixing = mixup > 0 or cutmix > 0
@@ -329,12 +361,13 @@ def train_batches(
     data = data.batch(len(before + places), drop_remainder=True)
 
     def finish(number, batched):
-        pair = batched[0], tf.concat([one_hot(batched[1], source.num_classes), *batched[2:]], -1)
+        labels = source.encoded(batched[1])
+        pair = batched[0], tf.concat([labels, *batched[2:]], -1) if rows_of else labels
         if not mixing:
             return pair
         partners = [part[:-1] if before else tf.roll(part, 1, 0) for part in pair]
         pair = [part[len(before) :] for part in pair]
-        key = _fold_in(tf.constant([seed, MIX], tf.int64), start + number * batch)
+        key = fold_in(tf.constant([seed, MIX], tf.int64), start + number * batch)
         return augmentation.mix(pair, partners, key, mixup_alpha=mixup, cutmix_alpha=cutmix)
 
     parallel = {"num_parallel_calls": tf.data.AUTOTUNE, "deterministic": True} if mixing else {}
@@ -366,7 +399,7 @@ def _stream(source, seed, shuffle_buffer, start, repeats=1, batch=None):
     """The examples from place `start` on, endless: (epoch, its number for draws), (number in the source, what `read` takes)."""
 
     def one_epoch(epoch):
-        order, key = (_fold_in(tf.constant([seed, stream], tf.int64), epoch) for stream in (ORDER, AUGMENT))
+        order, key = (fold_in(tf.constant([seed, stream], tf.int64), epoch) for stream in (ORDER, AUGMENT))
         draws = tf.random.stateless_uniform([], key, None, None, tf.int64)
         examples = source.shuffled(order, shuffle_buffer)
         if repeats == 1:
@@ -374,7 +407,7 @@ def _stream(source, seed, shuffle_buffer, start, repeats=1, batch=None):
 
         def copies(*chunk):
             def copy(nth):
-                again = tf.where(nth == 0, draws, tf.random.stateless_uniform([], _fold_in(key, nth), None, None, tf.int64))
+                again = tf.where(nth == 0, draws, tf.random.stateless_uniform([], fold_in(key, nth), None, None, tf.int64))
                 epochs = tf.data.Dataset.from_tensors((epoch, again)).repeat()
                 return tf.data.Dataset.zip(epochs, tf.data.Dataset.from_tensor_slices(chunk))
 
@@ -416,7 +449,7 @@ def eval_batches(source, *, size, batch, pixels=GOOGLE, prefetch=2):
         return eval_image(_decoded(content), size, pixels), label
 
     data = source.ordered().map(prepare, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).batch(batch)
-    return data.map(lambda images, labels: (images, one_hot(labels, source.num_classes))).prefetch(prefetch)
+    return data.map(lambda images, labels: (images, source.encoded(labels))).prefetch(prefetch)
 
 
 def numbered_batches(source, *, size, batch, pixels=GOOGLE, prefetch=2, start=0):
@@ -442,12 +475,17 @@ def numbered_batches(source, *, size, batch, pixels=GOOGLE, prefetch=2, start=0)
 
 
 def why_unreadable(source, numbers):
-    """[(file, label, reason)] of those of a folder's files that `numbered_batches` went past, in their order.
+    """[(file, label, reason)] of those of a folder's files that `numbered_batches` went past; see `why_broken`."""
+    faults = why_broken([source.paths[number] for number in numbers])
+    return [(path, source.class_names.index(Path(path).parent.name), why) for path, why in faults]
+
+
+def why_broken(paths):
+    """[(file, reason)] of files that could not be read, in their order.
 
     Raises:
         DataError: one of them can be read now, so that the disk, the network or the memory is at fault and not the file.
     """
-    paths = [source.paths[number] for number in numbers]
     faults = {path: why for _, path, why in _undecodable((number, path, None) for number, path in enumerate(paths))[0]}
     for path in paths:
         if path not in faults:
@@ -455,7 +493,7 @@ def why_unreadable(source, numbers):
                 f"{path} could not be read, and a moment later it could: the disk, the network or a lack of memory is at fault. "
                 "Run it again."
             )
-    return [(path, source.class_names.index(Path(path).parent.name), faults[path]) for path in paths]
+    return [(path, faults[path]) for path in paths]
 
 
 def eval_image(image, size, pixels=GOOGLE):
@@ -526,7 +564,7 @@ def one_hot(labels, classes):
     message = f"{LABELS} 0..{classes - 1}; check the number of classes, and whether the split has labels at all; got"
     if tf.executing_eagerly() and not valid:
         raise ArgumentError(f"{message} {labels.numpy()}.")
-    return tf.one_hot(_checked(labels, valid, message, labels), classes, dtype=tf.float32)
+    return tf.one_hot(checked(labels, valid, message, labels), classes, dtype=tf.float32)
 
 
 def decode(data):
@@ -550,9 +588,9 @@ def read_image(path):
         with open(path, "rb") as file:
             return decode(tf.constant(file.read())).numpy()
     except OSError as error:
-        raise _unreadable([(path, error.strerror)]) from error
+        raise unreadable([(path, error.strerror)]) from error
     except tf.errors.OpError as error:
-        raise _unreadable([(path, _plain(error.message))]) from error
+        raise unreadable([(path, _plain(error.message))]) from error
 
 
 def random_crop(content, seed, is_jpeg=None):
@@ -597,7 +635,7 @@ def decode_box(data, box, width):
 
 def find_unreadable(source):
     """Reads and decodes every image of a folder or TFDS source: a list of (file or "example N", reason) for those that fail."""
-    return [(name, why) for _, name, why in _faults(source)[0]]
+    return [(name, why) for _, name, why in faults_of(source)[0]]
 
 
 def find_corrupt_shards(source):
@@ -641,7 +679,7 @@ def probe(batches, *sources, classes=None):
     if first is None:
         raise DataError("There is no batch. Check that the source holds examples, at least a batch of them.")
     images, labels = (np.asarray(part) for part in first[:2])
-    faults = [*_image_faults(images), *_label_faults(labels, classes)]
+    faults = [*_image_faults(images), *([] if labels.dtype == object else _label_faults(labels, classes))]  # texts may be any
     if faults:
         raise DataError(f"The first batch of {len(images)} examples cannot be trained on: {'; '.join(faults)}. Mend the data.")
     return images, labels
@@ -671,7 +709,7 @@ def _label_faults(labels, classes):
 def _explained(error, sources):
     """A `DataError` that says what is behind an error of tf.data, or None."""
     text = _plain(error.message)
-    if LABELS in text:
+    if LABELS in text or SILENT in text:
         return DataError(f"{text}.")
     if not isinstance(error, READING):
         return None
@@ -680,10 +718,10 @@ def _explained(error, sources):
     else:
         broken = [item for source in sources for item in find_corrupt_shards(source)]
     if broken:
-        shards = _listed(f"{path} ({why})" for path, why in broken)
+        shards = listed(f"{path} ({why})" for path, why in broken)
         return DataError(f"{len(broken)} TFRecord file(s) are broken: {shards}. Download or prepare the data set again.")
     bad = [item for source in sources for item in find_unreadable(source)]
-    return _unreadable(bad) if bad else None
+    return unreadable(bad) if bad else None
 
 
 def _shard_fault(path, records):
@@ -699,18 +737,18 @@ def _shard_fault(path, records):
     return None if read == records else f"ends after {read} of {records} records, at byte {size}"
 
 
-def _faults(source):
+def faults_of(source):
     """([(number, file or "example N", reason)] of what cannot be decoded, how many examples there are)."""
     if source.paths:
         return _undecodable((index, path, None) for index, path in enumerate(source.paths))
-    if isinstance(source, _Stream):
+    if isinstance(source, Stream):
         data = source.ordered().as_numpy_iterator()
         return _undecodable((int(index), f"example {index}", content) for index, (content, _) in data)
     return [], source.num_examples
 
 
 def _undecodable(items):
-    """`_faults` of an iterator of (number, name, content); without a content it is the file of that name."""
+    """`faults_of` of an iterator of (number, name, content); without a content it is the file of that name."""
 
     def reason(item):
         try:
@@ -739,22 +777,22 @@ def _plain(message):
 
 def _not_huge(data, height, width):
     small = height <= MAX_PIXELS // tf.maximum(width, 1)  # the product may overflow
-    return _checked(data, small, f"the image declares more than {MAX_PIXELS:,} pixels (height, width):", height, width)
+    return checked(data, small, f"the image declares more than {MAX_PIXELS:,} pixels (height, width):", height, width)
 
 
-def _checked(value, condition, *message):
+def checked(value, condition, *message):
     # tf.debugging.Assert puts a conditional around it, which costs more in tf.data than making the message
     with tf.control_dependencies([tf.raw_ops.Assert(condition=condition, data=message, summarize=8)]):
         return tf.identity(value)
 
 
-def _unreadable(bad):
+def unreadable(bad):
     return DataError(
-        f"{len(bad)} image file(s) cannot be read: {_listed(f'{path} ({why})' for path, why in bad)}. Replace or remove them."
+        f"{len(bad)} image file(s) cannot be read: {listed(f'{path} ({why})' for path, why in bad)}. Replace or remove them."
     )
 
 
-def _listed(items, most=5):
+def listed(items, most=5):
     items = list(items)
     return "; ".join(items[:most]) + (f"; and {len(items) - most} more" if len(items) > most else "")
 
@@ -909,7 +947,7 @@ def _open_digits(split):
     values = np.rint(images[chosen].reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8).repeat(3, axis=-1)
     values, labels = tf.constant(values), tf.constant(labels[chosen], tf.int64)
     names = tuple(map(str, range(10)))
-    return _Indexed("digits", split, names, len(chosen), origin="digits", read=lambda index: (values[index], labels[index]))
+    return Indexed("digits", split, names, len(chosen), origin="digits", read=lambda index: (values[index], labels[index]))
 
 
 def _open_folder(root, split, limit, keep):
@@ -941,14 +979,14 @@ def _open_folder(root, split, limit, keep):
             skipped += sorted(set(entries) - set(images))
             if not images:
                 raise DataError(f"{os.path.join(folder, name)} holds no image ({', '.join(ENDINGS)}). Add some or remove it.")
-            heads += pool.map(_first_bytes, images)
+            heads += pool.map(first_bytes, images)
             paths += images
             labels += [label] * len(images)
     bad = [(path, why) for path, (why, _) in zip(paths, heads) if why]
     if bad and limit is None and not keep:
-        raise _unreadable(bad)
+        raise unreadable(bad)
     if skipped:
-        warnings.warn(f"{len(skipped)} entries are not read as images ({', '.join(ENDINGS)}): {_listed(skipped)}", stacklevel=3)
+        warnings.warn(f"{len(skipped)} entries are not read as images ({', '.join(ENDINGS)}): {listed(skipped)}", stacklevel=3)
 
     def opened(kept, skipped=()):
         some = [paths[index] for index in kept]
@@ -959,13 +997,13 @@ def _open_folder(root, split, limit, keep):
             return tf.io.read_file(tf.gather(files, index)), tf.gather(targets, index)
 
         all_jpeg = all(heads[index][1] for index in kept)
-        return _Indexed(root, split, tuple(names), len(some), tuple(some), skipped, "folder", read, all_jpeg)
+        return Indexed(root, split, tuple(names), len(some), tuple(some), skipped, "folder", read, all_jpeg)
 
     source = opened(range(len(paths)))
     if limit is None:
         return source
-    faults, _ = _faults(source)
-    skipped = _left_out(source, faults, len(paths), limit)
+    faults, _ = faults_of(source)
+    skipped = left_out(source, faults, len(paths), limit)
     gone = {index for index, _, _ in faults}
     kept = [index for index in range(len(paths)) if index not in gone]
     for label in set(range(len(names))) - {labels[index] for index in kept}:
@@ -973,15 +1011,15 @@ def _open_folder(root, split, limit, keep):
     return opened(kept, skipped)
 
 
-def _left_out(source, faults, total, limit):
+def left_out(source, faults, total, limit):
     """(name, reason) of each fault, with a warning, or an error where there are too many."""
     items = tuple((name, why) for _, name, why in faults)
     what = f"{len(items)} of {total} examples of {source.dataset} ({source.split})"
-    listed = _listed(f"{name} ({why})" for name, why in items)
+    names = listed(f"{name} ({why})" for name, why in items)
     if len(items) > limit * total or len(items) == total:
-        raise DataError(f"{what} cannot be read, and limit={limit}: {listed}. Replace or remove them, or pass a larger limit.")
+        raise DataError(f"{what} cannot be read, and limit={limit}: {names}. Replace or remove them, or pass a larger limit.")
     if items:
-        warnings.warn(f"{what} cannot be read and are left out: {listed}", stacklevel=4)
+        warnings.warn(f"{what} cannot be read and are left out: {names}", stacklevel=4)
     return items
 
 
@@ -996,7 +1034,7 @@ def _folders(folder):
     return [name for name in _visible(folder) if os.path.isdir(os.path.join(folder, name))]
 
 
-def _first_bytes(path):
+def first_bytes(path):
     """(what is wrong with a file by its first bytes, or None; whether it is a JPEG)."""
     try:
         with open(path, "rb") as file:
@@ -1010,6 +1048,54 @@ def _first_bytes(path):
 
 
 def _open_tfds(dataset, split, data_dir, manual_dir, limit):
+    def wanted(features, tfds):
+        image, label = (dict(features.items()).get(key) for key in ("image", "label"))
+        if not isinstance(image, tfds.features.Image) or not isinstance(label, tfds.features.ClassLabel) or not label.num_classes:
+            raise DataError(f"{dataset!r} of TFDS must have an image 'image' and a class 'label', its features are {features}.")
+        return {"image": True, "label": True}
+
+    found, features = open_tfds(dataset, split, data_dir, manual_dir, wanted)
+    examples = found.pop("examples").map(lambda example: (example["image"], example["label"]))
+    source = Stream(dataset, split, tuple(features["label"].names), read=lambda example: example, examples=examples, **found)
+    return source if limit is None else without_faults(source, limit)
+
+
+def without_faults(source, limit, more=()):
+    """A `Stream` without its examples that cannot be read, once all were decoded.
+
+    Args:
+        limit: the largest share that may be left out.
+        more: (number, "example N", reason) of others that are left out.
+
+    Raises:
+        DataError: more than that, or a shard cannot be read.
+    """
+    try:
+        faults, total = faults_of(source)
+    except tf.errors.OpError as error:
+        raise_unreadable(error, source)
+    faults = sorted({fault[0]: fault for fault in (*more, *faults)}.values())
+    return replace(
+        source,
+        skipped=left_out(source, faults, total, limit),
+        dropped=tuple(index for index, _, _ in faults),
+        num_examples=total - len(faults),
+    )
+
+
+def open_tfds(dataset, split, data_dir, manual_dir, wanted):
+    """One split of a TFDS data set, whose images are not decoded, prepared if it is not.
+
+    Args:
+        dataset, split, data_dir, manual_dir: of `open_source`.
+        wanted: (features, the module of TFDS) -> the nested dict of features to read; may raise.
+
+    Returns:
+        (dict of what a `Stream` has of it: num_examples, origin, examples, shards; its features).
+
+    Raises:
+        DataError: there is no such data set or split, or it cannot be prepared.
+    """
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
@@ -1031,14 +1117,12 @@ def _open_tfds(dataset, split, data_dir, manual_dir, limit):
             "Give the data_dir of a prepared copy, or prepare it where there is a network (with manual_dir, if it wants one)."
         ) from error
     features = builder.info.features
-    image, label = (dict(features.items()).get(key) for key in ("image", "label"))
-    if not isinstance(image, tfds.features.Image) or not isinstance(label, tfds.features.ClassLabel) or not label.num_classes:
-        raise DataError(f"{dataset!r} of TFDS must have an image 'image' and a class 'label', its features are {features}.")
+    spec = wanted(features, tfds)
     try:
         chosen = builder.info.splits[split] if builder.info.splits else None
         examples = builder.as_dataset(
             split=split,
-            decoders=tfds.decode.PartialDecoding({"image": True, "label": True}, decoders={"image": tfds.decode.SkipDecoding()}),
+            decoders=tfds.decode.PartialDecoding(spec, decoders={"image": tfds.decode.SkipDecoding()}),
             read_config=tfds.ReadConfig(try_autocache=False),
             shuffle_files=False,
         )
@@ -1049,25 +1133,5 @@ def _open_tfds(dataset, split, data_dir, manual_dir, limit):
     shards = ()
     if chosen and builder.info.file_format is tfds.core.FileFormat.TFRECORD:
         shards = tuple((shard.filename, shard.examples_in_shard) for shard in chosen.file_instructions)
-    source = _Stream(
-        dataset,
-        split,
-        tuple(label.names),
-        chosen.num_examples if chosen else None,
-        origin=builder.info.full_name,
-        read=lambda example: example,
-        examples=examples.map(lambda example: (example["image"], example["label"])),
-        shards=shards,
-    )
-    if limit is None:
-        return source
-    try:
-        faults, total = _faults(source)
-    except tf.errors.OpError as error:
-        raise_unreadable(error, source)
-    return replace(
-        source,
-        skipped=_left_out(source, faults, total, limit),
-        dropped=tuple(index for index, _, _ in faults),
-        num_examples=total - len(faults),
-    )
+    found = dict(num_examples=chosen.num_examples if chosen else None, origin=builder.info.full_name)
+    return {**found, "examples": examples, "shards": shards}, features

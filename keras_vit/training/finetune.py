@@ -36,7 +36,7 @@ class Run:
         steps_on_device: of the learner.
         profile: None, or the first and the last step to profile.
         multi_label: whether the loss takes each class on its own.
-        judge: None for a classifier, whose accuracy is told; or (learner, test batches) -> what has a `loss`, which is told.
+        judge: None for a classifier, whose accuracy is told; or (learner, test batches) -> what has `figures`, {name: number}.
     """
 
     total_steps: int
@@ -94,17 +94,16 @@ def finetune(learner, batches, tests, run):
     counting = dict(start=run.start, stride=run.steps_on_device)
     total, chief = run.total_steps, run.place.chief
 
-    measure = "loss" if run.judge else "accuracy"
-
-    def tell(step, value):
-        run.journal.line(f"step {step}/{total} test {measure} {value:.4f}")
-        run.journal.scalars(step, **{f"{measure}_test": value})
+    def tell(step, figures):
+        run.journal.line(f"step {step}/{total} test {', '.join(f'{name} {value:.4f}' for name, value in figures.items())}")
+        figures = {f"{name}_test": value for name, value in figures.items()}
+        run.journal.scalars(step, **figures)
         if run.metrics:
-            run.metrics.write(step, **{f"{measure}_test": value})
+            run.metrics.write(step, **figures)
 
     def evaluate(step):
         with averaged(learner):
-            tell(step, run.judge(learner, tests).loss if run.judge else accuracy(learner, tests))
+            tell(step, run.judge(learner, tests).figures if run.judge else {"accuracy": accuracy(learner, tests)})
 
     def store(step):
         try:
@@ -145,9 +144,10 @@ def finetune(learner, batches, tests, run):
         variable.assign(_copied(average))  # as Keras does at the end of `fit`
     if run.judge:
         evaluation = run.judge(learner, tests)
+        tell(total, evaluation.figures)
     else:
         evaluation = evaluate_all(learner, tests, from_logits=True, multi_label=run.multi_label)
-    tell(total, getattr(evaluation, measure))
+        tell(total, {"accuracy": evaluation.accuracy})
     with run.place.readable(learner.variables):
         if chief:
             run.store()

@@ -345,6 +345,10 @@ class Judged:
     examples: int
     loss: float
 
+    @property
+    def figures(self):
+        return {"loss": self.loss}
+
 
 def judge(learner, tests):
     """A `Judged` of a learner that ends in losses.

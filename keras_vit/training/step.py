@@ -93,7 +93,7 @@ class Learner(keras.Model):
         Args:
             weights: values of the trainable variables, or None for the variables themselves.
             others: values of the other variables.
-            data: (images, labels[, weights of examples]).
+            data: (images, labels[, weights of examples]); in the place of images whatever the model takes.
             scale: None, or what the loss is multiplied by.
 
         Returns:
@@ -346,7 +346,7 @@ def _tensorflow_step(model, data):
             gradients = [tf.where(healthy, g, tf.zeros_like(g)) for g in gradients]
         apply()
     whole = report["step_loss"]
-    model._loss_tracker.update_state(whole, sample_weight=tf.shape(x)[0])  # as the train step of Keras does
+    model._loss_tracker.update_state(whole, sample_weight=tf.shape(tree.flatten(x)[0])[0])  # as the train step of Keras does
     logs = model.compute_metrics(x, y, scores, weight)
     if replicas > 1:  # so that every worker has the same
         logs = dict(zip(logs, replica.all_reduce(tf.distribute.ReduceOp.MEAN, list(logs.values()))))
@@ -398,7 +398,7 @@ def _torch_step(model, data):
                 if new is not old:
                     variable.assign(new)
             optimizer.apply(gradients, model.trainable_variables)
-        model._loss_tracker.update_state(report["step_loss"], sample_weight=x.shape[0])
+        model._loss_tracker.update_state(report["step_loss"], sample_weight=tree.flatten(x)[0].shape[0])
         return {**model.compute_metrics(x, y, scores, weight), **report}
 
 
