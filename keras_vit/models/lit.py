@@ -215,7 +215,8 @@ class LiTModel(Model):
 
     @property
     def temperature(self):
-        value = float(np.exp(load.to_numpy(self._similarity("temperature").t)[0], dtype="float32"))
+        with np.errstate(over="ignore"):
+            value = float(np.exp(load.to_numpy(self._similarity("temperature").t)[0], dtype="float32"))
         if not math.isfinite(value):
             raise errors.NonFiniteError(
                 f"{self.name!r}: its temperature, the exponential of its weight t, is {value}; load intact weights, or set "
@@ -228,6 +229,12 @@ class LiTModel(Model):
         if not isinstance(value, numbers.Real) or not 0 < value < 1e30:
             raise errors.ArgumentError(f"{self.name!r}: expected a finite temperature above 0, such as 100, got {value!r}.")
         self._similarity("temperature").t.assign([math.log(value)])
+
+    def __setattr__(self, name, value):
+        if name == "temperature":  # Keras would read what is replaced, which a temperature that is not finite refuses
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     @property
     def bias(self):
@@ -295,7 +302,7 @@ class LiTModel(Model):
         super().remember(**facts)
         for name in ("image_tower", "text_tower"):
             if self._part(name) is not None:
-                self._part(name).remember(**{**self._facts, "outside": [], "under": f"{name}/"})
+                self._part(name).remember(**{**self._facts, "outside": [], "under": f"{name}/", "of": self.name})
 
     def _part(self, name):
         return next((layer for layer in self.layers if layer.name == name), None)
@@ -628,10 +635,38 @@ PLAIN_S = dict(text_model="transformer", text_width=384, text_depth=12, text_hea
 PLAIN_TI = dict(text_model="transformer", text_width=192, text_depth=12, text_heads=3, text_mlp=768, vocabulary_size=16_000)
 
 
+CARD = """The model card of google-research/vision_transformer (model_cards/lit.md) says of these models:
+
+- No deployment, commercial or not, is within their scope. Whoever uses them in a closed setting should first test them in depth
+  on that very task and its labels.
+- They know English alone; texts in other languages mostly fail.
+- They were started from an AugReg ViT (ImageNet-21k) and, those with a BERT, from one trained on BookCorpus and the English
+  Wikipedia, and tuned on images with captions of CC12M and YFCC100M. Pictures of people are among all of these images.
+- Nobody has examined their biases and their fairness. Biases of that data are to be expected in embeddings and predictions, as
+  others found them in a model of the same kind, CLIP (arXiv 2103.00020, section 7): of gender, age and skin colour. Such a model
+  can also be turned to coarse surveillance.
+
+The card states no licence of its own; that of its repository is Apache-2.0.
+"""
+# Of the card: zero-shot accuracy in percent, and share of captions, or images, found first, on MS-COCO
+_MEASURES = ("ImageNet", "CIFAR-100", "Oxford-IIIT Pets", "RESISC45", "MS-COCO image to text", "MS-COCO text to image")
+_FIGURES = {
+    "LiT-B16B": (72.1, 79.7, 81.1, 26.7, 49.3, 31.2), "LiT-B16B_2": (73.9, 79.0, 83.3, 25.3, 51.6, 31.8),
+    "LiT-L16L": (75.7, 80.5, 83.3, 25.6, 48.5, 31.1),
+}  # fmt: skip
+
+
+def _card(name):
+    if name not in _FIGURES:
+        return f"{CARD}\nIt gives no figures of {name}.\n"
+    figures = ", ".join(f"{measure} {value} %" for measure, value in zip(_MEASURES, _FIGURES[name]))
+    return f"{CARD}\nIts figures for {name}, without a training example: {figures}.\n"
+
+
 def _released(name, vocabulary):
     """What rows have of the file of a model, and of the vocabulary beside it, that it was trained with."""
     source = f"gs://vit_models/lit/{name}.{vocabulary}"
-    record = google(f"lit/{name}", classes=None, activation=None, pixels=PIXELS, vocabulary=source)
+    record = google(f"lit/{name}", classes=None, activation=None, pixels=PIXELS, vocabulary=source, card=_card(name))
     return dict(weights={"lit": record}, upstream=(name,), default="lit", patch_size=16)
 
 
