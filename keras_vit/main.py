@@ -38,14 +38,14 @@ from ml_collections.config_flags import config_flags
 
 import keras_vit
 from keras_vit import errors, hub, teachers, zoo
-from keras_vit.checkpoints import files
+from keras_vit.checkpoints import fetch, files, load
 from keras_vit.configs import models
-from keras_vit.data import pipeline
+from keras_vit.data import captions, pipeline
 from keras_vit.data.augment import LEVELS, augreg_level, shifted
 from keras_vit.data.pixels import Pixels
 from keras_vit.evaluation import classify, speed
 from keras_vit.evaluation.sample import training_sample
-from keras_vit.training import callbacks, dvae, finetune, masked, objectives, optimizers, report, state, strategy
+from keras_vit.training import callbacks, contrastive, dvae, finetune, masked, objectives, optimizers, report, state, strategy
 from keras_vit.training.losses import SigmoidCrossEntropy
 from keras_vit.training.metrics import Metrics
 from keras_vit.training.schedules import DECAYS, WarmupDecay
@@ -61,7 +61,7 @@ _BATCH = 32  # images that the module and the model are given at once
 _CHUNK = 2**28  # numbers in the images sent to the other process at once: 1 GiB
 
 _CHOICES = dict(
-    trainer=("train", "masked", "tokenizer"),
+    trainer=("train", "masked", "tokenizer", "contrastive"),
     augment=("crop_flip", "shift", "none"),
     augreg=tuple(LEVELS),
     decay_type=DECAYS,
@@ -85,6 +85,7 @@ LOSSES = {
     "softmax": lambda smoothing: keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=smoothing),
     "sigmoid": lambda smoothing: SigmoidCrossEntropy(smoothing),
 }
+TWO_TOWERS = ("LiT",)  # families of models of images and texts
 EXIT_PREEMPTED = 143  # 128 + SIGTERM, as a shell reports it
 
 
@@ -96,8 +97,8 @@ class Trained:
         model: ends in probabilities.
         learner: the same layers, ending in logits.
         train, test: the `data.pipeline.Source`s.
-        evaluation: a `classify.Evaluation` on all of the test split, or a `masked.Judged`; None where the run was asked to end
-            before its last step.
+        evaluation: a `classify.Evaluation` on all of the test split, a `masked.Judged` or a `contrastive.Judged`; None where the
+            run was asked to end before its last step.
         seconds: training, from the first step to the last, compilation and evaluations included.
         place: the `strategy.Place` it was trained at.
         preempted_at: the step after which it was saved because it was asked to end, or None.
@@ -107,7 +108,7 @@ class Trained:
     learner: keras.Model
     train: pipeline.Source
     test: pipeline.Source
-    evaluation: classify.Evaluation | masked.Judged | None
+    evaluation: classify.Evaluation | masked.Judged | contrastive.Judged | None
     seconds: float
     place: strategy.Place
     preempted_at: int | None = None
@@ -128,6 +129,7 @@ def check_config(config):
         if config[key] not in allowed:
             raise errors.ConfigError(f"config.{key} must be one of {', '.join(map(repr, allowed))}, got {config[key]!r}.")
     types = [name for name, family in zoo.FAMILIES.items() if family.classifies and name != "Hybrid"]
+    types = TWO_TOWERS if config.trainer == "contrastive" else types
     if config.model_type not in types:
         raise errors.ConfigError(f"config.model_type must be one of {', '.join(map(repr, types))}, got {config.model_type!r}.")
     for key, least in _LEAST.items():
@@ -159,6 +161,8 @@ def check_config(config):
     _check_distillation(config)
     if config.trainer != "train":
         _check_masked(config)
+    if config.trainer == "contrastive":
+        _check_contrastive(config)
     if config.steps_on_device > 1:
         for key in ("total_steps", "eval_every", "progress_every", "checkpoint_every"):
             if config[key] % config.steps_on_device:
@@ -230,6 +234,34 @@ def _check_masked(config):
         )
 
 
+def _check_contrastive(config):
+    given = config.contrastive
+    try:
+        contrastive.check_towers(given.towers)
+        contrastive.check_parts(config.accum_steps)
+    except errors.ArgumentError as error:
+        raise errors.ConfigError(f"config.contrastive: {error}") from error
+    if given.duplicates not in contrastive.DUPLICATES:
+        raise errors.ConfigError(
+            f"config.contrastive.duplicates must be one of {', '.join(contrastive.DUPLICATES)}, got {given.duplicates!r}."
+        )
+    for tower, letter in zip(("image", "text"), given.towers):
+        start = config.pretrained_dir or given[f"{tower}_weights"]
+        if (letter == "u") == bool(start):
+            raise errors.ConfigError(
+                f"config.contrastive.towers={given.towers!r}: the {tower} tower {'has' if start else 'lacks'} weights to start "
+                f"from ({start!r}); 'u' is for a tower without, 'U' or 'L' for one with config.pretrained_dir, a file of both "
+                f"towers, or config.contrastive.{tower}_weights, a file of one."
+            )
+    if config.loss == "sigmoid" and config.model.get("bias") is None:
+        raise errors.ConfigError("config.loss='sigmoid' needs a model with a bias: set config.model.bias, such as to -10.0.")
+    if config.layer_decay != 1 or config.label_smoothing:
+        raise errors.ConfigError(
+            "config.trainer='contrastive' knows no layer_decay and no label_smoothing: set them to 1 and 0, and learning rates "
+            "of layers by config.lr_rules."
+        )
+
+
 def lr_rules(config):
     """The (pattern, factor) of `config.lr_rules`.
 
@@ -295,9 +327,7 @@ def build_model(config, classes):
     path = pretrained_file(config)
     shape = (config.pp.crop, config.pp.crop, 3)
     build, arguments = getattr(keras_vit, models.family(config)), _arguments(config)
-    blocks = [f"block_{i}" for i in range(arguments["depth"])] if config.remat else []
-    remat = keras.RematScope("list_of_layers", layer_names=blocks) if config.remat else contextlib.nullcontext()
-    with remat:
+    with _rematted(config, arguments["depth"]):
         model = build(
             classes=classes, input_shape=shape, classifier_activation=config.loss, name=config.model.model_name, **arguments
         )
@@ -310,6 +340,49 @@ def build_model(config, classes):
     for bias in (layer.bias for layer in model.layers if layer.name in zoo.HEADS):
         bias.assign(keras.ops.full(bias.shape, config.head_bias))
     return model
+
+
+def _rematted(config, depth):
+    """In which blocks are built as `config.remat` says."""
+    blocks = [f"block_{i}" for i in range(depth)]
+    return keras.RematScope("list_of_layers", layer_names=blocks) if config.remat else contextlib.nullcontext()
+
+
+def build_towers(config):
+    """The model of `config.model` with two towers, and what pretrained weights it starts from, on `config.pp.crop` pixels.
+
+    Raises:
+        errors.ConfigError: it has no vocabulary; errors.KerasViTError: a file does not fit.
+    """
+    build, arguments, given = getattr(keras_vit, models.family(config)), _arguments(config), config.contrastive
+    shape = (config.pp.crop, config.pp.crop, 3)
+    with _rematted(config, max(arguments["depth"], arguments["text_depth"])):
+        model = build(weights=config.pretrained_dir or None, input_shape=shape, name=config.model.model_name, **arguments)
+    if model.tokenizer is None:
+        raise errors.ConfigError(
+            "config.model.vocabulary is not set: pass --config.model.vocabulary= the path or URL of the text tower's vocabulary."
+        )
+    if given.image_weights:
+        _start_image_tower(model, given.image_weights, shape, arguments)
+    if given.text_weights:
+        zoo.load_weights(model.text_tower, given.text_weights)
+    if config.position_stddev is not None and not (config.pretrained_dir or given.image_weights):
+        positions = model.image_tower.get_layer("tokens").positions
+        positions.assign(keras.random.normal(positions.shape, stddev=config.position_stddev, seed=config.seed))
+    return model
+
+
+def _start_image_tower(model, path, shape, arguments):
+    """Gives the image tower the weights of a file: of a LiT, or of a ViT, whose head is left out."""
+    if zoo.identify(files.open_file(fetch.fetch(path).path)).family == "LiT":
+        zoo.load_weights(model.image_tower, path)
+        return
+    sizes = {key: arguments[key] for key in ("patch_size", "width", "depth", "heads", "mlp")}
+    start = keras_vit.ViT(False, None, input_shape=shape, pooling="token", representation_size=None, **sizes)
+    zoo.load_weights(start, path, ignore=("head/*", "pre_logits/*"))
+    own = load.named_weights(model.image_tower)
+    for name, weight in load.named_weights(start).items():
+        own[name].assign(weight)
 
 
 def build_learner(config, model, teacher=None, graph=None):
@@ -359,14 +432,17 @@ def build_learner(config, model, teacher=None, graph=None):
 
 def _sources(config):
     def source(split):
-        return pipeline.open_source(
-            config.dataset, split, data_dir=config.tfds_data_dir, manual_dir=config.tfds_manual_dir, on_error=config.on_error
-        )
+        common = dict(data_dir=config.tfds_data_dir, manual_dir=config.tfds_manual_dir, on_error=config.on_error)
+        if config.trainer != "contrastive":
+            return pipeline.open_source(config.dataset, split, **common)
+        given = config.contrastive
+        said = dict(text=given.text, prompts=tuple(given.prompts), class_names=tuple(given.class_names) or None)
+        return captions.open_captions(config.dataset, split, **said, **common)
 
     return source(config.pp.train), source(config.pp.test)
 
 
-def _train_batches(config, source, pixels, start=0, shard=(0, 1), targets=None):
+def _train_batches(config, source, pixels, start=0, shard=(0, 1), **more):
     """The batches from step `start` on: one worker's slices of them."""
     layers, magnitude, mixup = augreg_level(config.augreg)
     batches = pipeline.train_batches(
@@ -374,7 +450,7 @@ def _train_batches(config, source, pixels, start=0, shard=(0, 1), targets=None):
         augment=config.augment == "crop_flip", prefetch=config.prefetch, start=start * config.batch, shard=shard,
         randaugment=(layers, magnitude) if layers else None, repeats=config.repeats,
         increasing=tuple(config.randaugment) or None, mixup=max(mixup, config.mixup), cutmix=config.cutmix,
-        erasing=config.erasing, targets=targets,
+        erasing=config.erasing, **more,
     )  # fmt: skip
     if config.augment == "shift":
         return shifted(batches, config.seed, start * config.batch, shard)
@@ -404,12 +480,13 @@ def train(config, workdir):
     workdir = Path(workdir)
     check_config(config)
     check_workdir(workdir)
-    pretrained_file(config)  # before data are fetched
+    if config.trainer != "contrastive":
+        pretrained_file(config)  # before data are fetched
     _find_teachers(config)
     place = strategy.open_strategy(config.strategy, model_axis=config.model_axis)
     place.check_precision(config.precision)
     place.check_batch(config.batch, config.accum_steps)
-    sizes = {key: size for key, size in _arguments(config).items() if key == "heads" or key.endswith("mlp")}
+    sizes = {key: size for key, size in _arguments(config).items() if key.endswith(("heads", "mlp"))}
     place.check_sizes(**{key: size for key, size in sizes.items() if isinstance(size, int)})
     profile = callbacks.profile_steps(config.profile, config.total_steps)
     keras.utils.set_random_seed(config.seed)
@@ -447,7 +524,7 @@ def train(config, workdir):
         preemption = stack.enter_context(state.Preemption())
         journal.line(
             f"{model.name}: {model.count_params():,} parameters. {config.dataset}: {_count(training)} images to train on, "
-            f"{_count(test)} to test, {test.num_classes} classes. {config.total_steps} steps of {config.batch} images; "
+            f"{_count(test)} to test, {test.num_classes or 'no'} classes. {config.total_steps} steps of {config.batch} images; "
             f"{place.name}, {place.replicas} replica{'s' if place.replicas > 1 else ''}, {config.precision}."
         )
         if start:
@@ -459,6 +536,8 @@ def train(config, workdir):
             if start < config.total_steps:
                 first = pipeline.probe(_train_batches(config, training, pixels, start), training)
                 journal.images(start, callbacks.viewable(first[0][:16], pixels))
+                for note in task.notes(first[1]):
+                    journal.line(note)
             todo = finetune.Run(
                 total_steps=config.total_steps, batch=config.batch, schedule=schedule, journal=journal, metrics=metrics,
                 store=lambda: task.store(model, workdir), checkpoints=checkpoints, about=about, start=start,
@@ -518,17 +597,18 @@ class _Classifier:
         path = self.config.distillation.cache
         if not self.teacher or not path:
             return
-        if place.workers > 1 and not os.path.exists(path):
-            raise errors.ConfigError(
-                f"config.distillation.cache={path} is not there, and several workers cannot make it: run one step on one first."
-            )
+        _check_cache(place, "distillation", path)
         self.targets = self.teacher.cached(self.training, path, self.config.batch_eval)
 
     def batches(self, pixels, start, shard):
-        return _train_batches(self.config, self.training, pixels, start, shard, self.targets)
+        return _train_batches(self.config, self.training, pixels, start, shard, targets=self.targets)
 
     def tests(self, pixels):
         return _test_batches(self.config, self.test, pixels, self.config.batch_eval)
+
+    def notes(self, labels):
+        """Lines for the log about the data and the labels of the first batch."""
+        return ()
 
     def store(self, model, workdir):
         """Writes what people take away."""
@@ -587,7 +667,75 @@ class _Tokenizer(_Classifier):
         _store_keras(model, workdir)
 
 
-_TASKS = {"train": _Classifier, "masked": _Masked, "tokenizer": _Tokenizer}
+class _Contrastive(_Classifier):
+    """Two towers that learn which image and which caption belong together."""
+
+    def __init__(self, config, training, test):
+        super().__init__(config, training, test)
+        given = config.contrastive
+        self.built, self.embedded = build_towers(config), None
+        towers = zip(("image", "text"), (self.built.image_tower, self.built.text_tower), given.towers)
+        self.locked = {name: contrastive.backbone(tower) for name, tower, letter in towers if letter == "L"}
+        pixels = zoo.pixels_of(self.built)
+        self.teachers = {name: objectives.Teacher(model, f"{name} tower", pixels) for name, model in self.locked.items()}
+        self.about = {f"{name}_tower": teacher.digest() for name, teacher in self.teachers.items()}
+        plain = config.augment == "none" and not (augreg_level(config.augreg)[0] or config.randaugment or config.erasing)
+        self.embeds = plain and "image" in self.locked
+
+    def model(self):
+        return self.built
+
+    def learner(self, model):
+        given = self.config.contrastive
+        graph = contrastive.paired(model, given.towers, self.config.loss, given.duplicates, self.embeds)
+        return build_learner(self.config, model, graph=graph)
+
+    def prepare(self, place):
+        config, tests = self.config, None
+        if self.embeds:
+            path = config.contrastive.cache
+            _check_cache(place, "contrastive", path)
+            self.embedded = self.teachers["image"].cached(self.training, path, config.batch_eval)
+        if "image" in self.locked:
+            tests = self.teachers["image"].cached(self.test, None, config.batch_eval)
+            tests = np.delete(tests, [number for number in getattr(self.test, "dropped", ()) if number < len(tests)], 0)
+        self.judge = contrastive.Judge(
+            self.built, config.batch, config.loss, config.contrastive.duplicates, self.test.sentences, tests
+        )
+
+    def batches(self, pixels, start, shard):
+        batches = _train_batches(self.config, self.training, pixels, start, shard, embeddings=self.embedded)
+        return contrastive.tokenized(batches, self.built.tokenizer)
+
+    def tests(self, pixels):
+        if self.judge.embedded is None:
+            return super().tests(pixels)
+        return captions.texts(self.test, self.config.batch_eval)
+
+    def notes(self, labels):
+        for source in (self.training, self.test):
+            yield from (f"{source.dataset} ({source.split}): {note}." for note in source.notes)
+        several = len(labels) - len(set(labels))
+        if several:
+            taken = {"negative": "wrong for each other", "positive": "right for each other"}[self.config.contrastive.duplicates]
+            yield f"{several} of the {len(labels)} captions of the first batch are those of another image: taken as {taken}."
+
+    def store(self, model, workdir):
+        for locked in self.locked.values():  # only here: who loads it may train it
+            locked.trainable = True
+        super().store(model, workdir)
+        for locked in self.locked.values():
+            locked.trainable = False
+
+
+_TASKS = {"train": _Classifier, "masked": _Masked, "tokenizer": _Tokenizer, "contrastive": _Contrastive}
+
+
+def _check_cache(place, key, path):
+    if path and place.workers > 1 and not os.path.exists(path):
+        raise errors.ConfigError(
+            f"config.{key}.cache={path} is not there, and several workers cannot make it: run one step on one first."
+        )
 
 
 @contextlib.contextmanager

@@ -167,6 +167,50 @@ def masks(open_strategy):
     return {"norms": found, "seeds": seeds}
 
 
+def pairs(open_strategy):
+    """{"kind duplicates": [(losses, gradients) on one device, the same on two replicas]} of the contrastive losses."""
+    import keras
+    import numpy as np
+    import tensorflow as tf
+
+    from keras_vit.models.lit import Similarity
+    from keras_vit.training import contrastive
+
+    random, found = np.random.default_rng(0), {}
+    x, tokens = random.standard_normal((2, 8, 4)).astype("float32"), random.integers(0, 2, (8, 2)).astype("int32")
+    for kind in contrastive.LOSSES:
+        for duplicates in contrastive.DUPLICATES:
+            of_places = []
+            for name in ("one_device", "mirrored"):
+                strategy = getattr(open_strategy(name), "strategy", tf.distribute.get_strategy())
+                with strategy.scope():
+                    scale = Similarity(7.0, -3.0)
+                    scale.build((None, 4), (None, 4))
+                layer, count = contrastive.PairLoss(scale, kind, duplicates), strategy.num_replicas_in_sync
+
+                def step(images, texts, tokens, layer=layer, scale=scale):
+                    weights = [images, texts, scale.t.value, scale.b.value]
+                    with tf.GradientTape() as tape:
+                        tape.watch(weights[:2])
+                        losses = layer([images, texts, tokens])
+                    found = tape.gradient(losses, weights, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+                    return losses, *found
+
+                def cut(part, strategy=strategy, count=count):
+                    return strategy.experimental_distribute_values_from_function(
+                        lambda context: tf.constant(np.split(part, count)[context.replica_id_in_sync_group])
+                    )
+
+                parts = [cut(part) for part in (*x, tokens)]
+                results = tf.function(lambda *parts, strategy=strategy, step=step: strategy.run(step, parts))(*parts)
+                local = [[each.numpy() for each in strategy.experimental_local_results(result)] for result in results]
+                whole = [np.concatenate(each) for each in local[:3]] + [sum(each) for each in local[3:]]
+                of_places.append([value.tolist() for value in whole])
+            found[f"{kind} {duplicates}"] = of_places
+    keras.backend.clear_session()
+    return found
+
+
 def reset(open_strategy):
     """The distribution of Keras before and after "one_device" is opened."""
     import keras

@@ -286,7 +286,7 @@ REMAT = "--config.remat"
         (["--config.profile=5"], "config.profile must be FIRST,LAST"),
         (
             ["--config.trainer=inference_time"],
-            "config.trainer must be one of 'train', 'masked', 'tokenizer', got 'inference_time'",
+            "config.trainer must be one of 'train', 'masked', 'tokenizer', 'contrastive', got 'inference_time'",
         ),
         (["--config=inference_time.py", "--config.batch=0"], "config.batch must be at least 1, got 0"),
         (["--config=inference_time.py", "--config.precision=int8"], "config.precision must be one of float32"),

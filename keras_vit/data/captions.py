@@ -13,7 +13,6 @@ import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import tensorflow as tf
 
@@ -73,11 +72,11 @@ def open_captions(
 
     Args:
         dataset: one of
-            - a folder. With a split it holds `SPLIT.tsv`, `SPLIT.jsonl` or a folder `SPLIT`; with split None it is that folder. In
-              a folder of images, at any depth, `a.jpg` has its captions in `a.txt`, one a line. A line of a TSV is an image's path,
-              a tab and a caption; of JSONL {"image": path, "caption": text or list of texts} ("file_name" and "text" will do).
-              Paths start at the list's folder and stay in it. An image on several lines has several captions. Text is UTF-8; runs
-              of white space are one space.
+            - a folder. With a split it holds `SPLIT.tsv`, `SPLIT.jsonl` or a folder `SPLIT`; with split None it is that folder.
+              In a folder of images, at any depth, `a.jpg` has its captions in `a.txt`, one a line. A line of a TSV is an image's
+              path, a tab and a caption; of JSONL {"image": path, "caption": text or list of texts} ("file_name" and "text" will
+              do). Paths start at the list's folder and stay in it. An image on several lines has several captions. Text is
+              UTF-8; runs of white space are one space.
             - such a `.tsv` or `.jsonl` file, with split None.
             - a TFDS name such as "coco_captions", with features "image" and `text`.
             - with `prompts`, whatever `pipeline.open_source` takes: the class of an image becomes what is said of it.
@@ -116,6 +115,12 @@ def open_captions(
     if os.path.isdir(path):
         return _open_folder(path, split, limit)
     return _open_tfds(dataset, split, text, data_dir, manual_dir, limit)
+
+
+def texts(source, batch):
+    """The captions of `pipeline.eval_batches`, without the images: batches of (texts, texts)."""
+    data = source.ordered().map(lambda _, example: source.read(example)[1])  # whose image is then not even opened
+    return data.batch(batch).map(lambda said: (said, said)).prefetch(2)
 
 
 # ---------------------------------------------------------------- classes
@@ -233,8 +238,8 @@ def _listed_pairs(path):
             missing.append(name)
     if outside:
         raise DataError(
-            f"{path}: {len(outside)} path(s) leave the folder {root}: {pipeline.listed(map(repr, outside))}. Images of a list lie "
-            "beside or below it: move them, or write their paths from there."
+            f"{path}: {len(outside)} path(s) leave the folder {root}: {pipeline.listed(map(repr, outside))}. Images of a list "
+            "lie beside or below it: move them, or write their paths from there."
         )
     return pairs, missing
 
@@ -332,7 +337,7 @@ def _open_tfds(dataset, split, text, data_dir, manual_dir, limit):
             place = dict(place.items()).get(part) if isinstance(place, tfds.features.FeaturesDict) else None
             while isinstance(place, tfds.features.Sequence):
                 place = place.feature
-        texts = isinstance(place, tfds.features.Tensor) and place.np_dtype == object
+        texts = isinstance(place, tfds.features.Tensor) and place.tf_dtype == tf.string
         if not isinstance(image, tfds.features.Image) or not texts:
             raise DataError(f"{dataset!r} of TFDS must have an image 'image' and texts {text!r}, its features are {features}.")
         spec = True

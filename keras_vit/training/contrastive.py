@@ -40,7 +40,7 @@ def check_towers(towers):
     """
     if len(towers) != 2 or set(towers) - set(LETTERS) or towers == "LL":
         raise ArgumentError(
-            f"towers: expected two letters of L (locked), U (pre-trained, trained on) and u (from scratch), the image tower's and "
+            "towers: expected two letters of L (locked), U (pre-trained, trained on) and u (from scratch), the image tower's and "
             f"the text tower's, such as 'Lu', got {towers!r}{'; one of them must learn' if towers == 'LL' else ''}."
         )
 
@@ -69,9 +69,9 @@ def pair_losses(images, texts, all_images, all_texts, positive, temperature, bia
         positive: 1 or 0; every row has a 1.
         temperature: scores are this times the embeddings' products.
         bias: added to the scores of "sigmoid", or None.
-        kind: "softmax": the cross-entropy of an image's scores with all texts, and of a text's with all images, half of each (LiT,
-            section 3); several that belong together share the target evenly. "sigmoid": binary cross-entropy of every score, summed
-            over the batch (SigLIP, section 3.2).
+        kind: "softmax": the cross-entropy of an image's scores with all texts, and of a text's with all images, half of each
+            (LiT, section 3); several that belong together share the target evenly. "sigmoid": binary cross-entropy of every
+            score, summed over the batch (SigLIP, section 3.2).
     """
     scores = temperature * ops.matmul(images, ops.transpose(all_texts))
     if kind == "sigmoid":
@@ -100,7 +100,7 @@ def everywhere(x):
     if replica is None or replica.num_replicas_in_sync == 1:
         return x, 0
     number = replica.replica_id_in_sync_group
-    # A sum of what each puts into its own place: its gradient is a sum over replicas too, which that of a gather has not everywhere
+    # A sum of what each puts into its own place, for its gradient is a sum over the replicas on every kind of device
     place = tf.one_hot(number, replica.num_replicas_in_sync, dtype=x.dtype)[:, None, None]
     whole = replica.all_reduce(tf.distribute.ReduceOp.SUM, place * x[None])
     return tf.reshape(whole, (-1, x.shape[-1])), tf.cast(number, tf.int32) * tf.shape(x)[0]
@@ -113,8 +113,8 @@ class PairLoss(keras.layers.Layer):
     Args:
         scale: the layer that owns the logarithm of the temperature, `t`, and a bias, `b`, or None for that.
         kind: see `pair_losses`.
-        duplicates: "negative" takes an image's own text alone as right, as CLIP, LiT and SigLIP do, also where another one has the
-            same words; "positive" takes all that have the same tokens (UniCL, arXiv 2204.03610, equation 3).
+        duplicates: "negative" takes an image's own text alone as right, as CLIP, LiT and SigLIP do, also where another one has
+            the same words; "positive" takes all that have the same tokens (UniCL, arXiv 2204.03610, equation 3).
     """
 
     def __init__(self, scale, kind="softmax", duplicates="negative", **kwargs):
@@ -159,12 +159,11 @@ class Locked(keras.layers.Layer):
     """What a model gives, as it is: without dropout, without a gradient.
 
     Args:
-        model: with one input and one output; it becomes untrainable.
+        model: with one input and one output.
     """
 
     def __init__(self, model, **kwargs):
         super().__init__(**kwargs)
-        model.trainable = False
         self.model = model
 
     def call(self, x):
@@ -216,11 +215,12 @@ def paired(model, towers, kind="softmax", duplicates="negative", embedded=False)
         if locked is None:
             embeddings.append(tower(x))
             continue
+        locked.trainable = False
         frozen.append(locked)
         if not (embedded and name == "images"):
             x = Locked(locked, dtype="float32", name=f"locked_{name}")(x)
         if locked is not tower:
-            x = keras.Model(locked.outputs, tower.outputs, name=f"projected_{name}")(x)
+            x = keras.Model(locked.output, tower.output, name=f"projected_{name}")(x)
         embeddings.append(x)
     loss = PairLoss(similarity, kind, duplicates, dtype="float32", name="pair_loss")
     graph = keras.Model(inputs, loss([*embeddings, inputs[1]]), name=f"{model.name}_pairs")
@@ -282,10 +282,10 @@ class Judge:
         images = model.image_tower
         if embedded is not None:
             locked = backbone(images)
-            images = None if locked is images else keras.Model(locked.outputs, images.outputs)
+            images = None if locked is images else keras.Model(locked.output, images.output)
         self.embedded = embedded
         # Learners, whose predictions are right under every strategy
-        self.images, self.texts = (each and Learner(each.inputs, each.outputs) for each in (images, model.text_tower))
+        self.images, self.texts = (each and Learner(each.input, each.output) for each in (images, model.text_tower))
 
     def __call__(self, learner, tests):
         """A `Judged`.

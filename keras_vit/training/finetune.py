@@ -36,8 +36,7 @@ class Run:
         steps_on_device: of the learner.
         profile: None, or the first and the last step to profile.
         multi_label: whether the loss takes each class on its own.
-        judge: None for a classifier, whose accuracy is told; or (learner, test batches) -> what has `figures`, {name: number}, which
-            are told.
+        judge: None for a classifier, whose accuracy is told; or (learner, test batches) -> what has `figures`, {name: number}.
     """
 
     total_steps: int

@@ -282,7 +282,7 @@ class Teacher:
 
         Args:
             source: of `pipeline.open_source`; how many examples it has must be known.
-            path: `.npz`, written in one step where there is none.
+            path: `.npz`, written in one step where there is none; None keeps them in memory.
             batch: images at once.
 
         Returns:
@@ -298,7 +298,7 @@ class Teacher:
         dropped = getattr(source, "dropped", ())  # whose numbers are left out
         numbers = np.setdiff1d(np.arange(source.num_examples + len(dropped)), dropped)
         shape = (int(numbers.max(initial=-1)) + 1, self.model.output_shape[-1])
-        if os.path.exists(path):
+        if path and os.path.exists(path):
             archive = files.Npz(path)
             other = [key for key in wanted if archive.metadata.get(key) != wanted[key]]
             if other or [tuple(found) for found, _ in archive.entries.values()] != [shape]:
@@ -311,7 +311,8 @@ class Teacher:
         batches = pipeline.eval_batches(source, size=self.model.input_shape[1:3], batch=batch, pixels=self.pixels)
         table = np.zeros(shape, "float32")
         table[numbers] = np.concatenate([scorer.predict_on_batch(np.asarray(images)) for images, _ in batches])
-        files.write(path, {"logits": table}, wanted)
+        if path:
+            files.write(path, {"logits": table}, wanted)
         return table
 
     def check(self, classes, student="the student"):
