@@ -98,6 +98,8 @@ def test_embeddings_and_classifiers_are_as_the_page_says(done):
     assert kept["by_label"].output_shape == (None, 2) and kept["published"].output_shape == (None, 37)
     assert kept["in_words"].weights_info["prompts"] == ["a photo of the digit {}", "the number {}"]
     assert keras_vit.hub.verify(folder / "modules" / "animals")["output"] == "logits"
+    expected = kept["model"].encode_text(["a flower", "two dogs on grass"])
+    np.testing.assert_allclose(kept["embeddings"], expected, rtol=0, atol=1e-5)
     assert json.loads((folder / "animals.json").read_text())["counts"]["examples"] == 6
 
 
