@@ -104,7 +104,7 @@ def refusal(open_strategy, arguments):
 
 
 def replicas(open_strategy):
-    return {**masks(open_strategy), **moved(open_strategy)}
+    return {**masks(open_strategy), **moved(open_strategy), "pairs": pairs(open_strategy)}
 
 
 def moved(open_strategy):
@@ -169,7 +169,6 @@ def masks(open_strategy):
 
 def pairs(open_strategy):
     """{"kind duplicates": [(losses, gradients) on one device, the same on two replicas]} of the contrastive losses."""
-    import keras
     import numpy as np
     import tensorflow as tf
 
@@ -207,7 +206,6 @@ def pairs(open_strategy):
                 whole = [np.concatenate(each) for each in local[:3]] + [sum(each) for each in local[3:]]
                 of_places.append([value.tolist() for value in whole])
             found[f"{kind} {duplicates}"] = of_places
-    keras.backend.clear_session()
     return found
 
 

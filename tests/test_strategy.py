@@ -19,6 +19,7 @@ import keras_vit
 from keras_vit import errors
 from keras_vit.errors import ArgumentError
 from keras_vit.training import strategy
+from keras_vit.training.contrastive import DUPLICATES, LOSSES
 from keras_vit.training.step import Learner
 
 CHILD = pathlib.Path(__file__).with_name("child_strategy.py")
@@ -30,6 +31,13 @@ RUN = [
     "--config.base_lr=0.5", f"--config.grad_norm_clip={CLIP}", "--config.optim_dtype=float32", "--config.eval_every=0",
     "--config.progress_every=0", "--config.checkpoint_every=4",
 ]  # fmt: skip
+TOWERS = dict(width=16, depth=1, heads=2, mlp=16, text_width=16, text_depth=1, text_heads=2, text_mlp=16, patch_size=4)
+PAIRS = [
+    "--config=lit_digits.py", *(f"--config.model.{key}={size}" for key, size in TOWERS.items()), "--config.pp.crop=8",
+    "--config.model.out_dim=(16, 16)", "--config.contrastive.towers=UU", f"--config.total_steps={STEPS}",
+    "--config.warmup_steps=1", "--config.batch=16", "--config.optimizer=sgd", "--config.base_lr=0.1", "--config.eval_every=0",
+    "--config.progress_every=0", "--config.checkpoint_every=0",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -39,12 +47,19 @@ def folder(tmp_path_factory):
     keras.utils.set_random_seed(0)
     small = dict(input_shape=(8, 8, 3), patch_size=2, width=32, depth=1, heads=8, mlp=64, classes=10)
     keras_vit.save_npz(keras_vit.ViT(weights=None, name="ViT_digits", **small), root / "ViT_digits.npz")
+    towers = keras_vit.LiT_mu(weights=None, input_shape=(8, 8, 3), out_dim=(16, 16), **TOWERS)
+    keras_vit.save_npz(towers, root / "towers.npz")
     return root
 
 
 def run(folder, name, *options, **more):
     """What child_strategy.py is told of a run in `folder`/`name`."""
     return {"workdir": str(folder / name), "options": [*RUN, f"--config.pretrained_dir={folder}", *options], **more}
+
+
+def pairs(folder, name, *options, **more):
+    """The same of a run of two towers."""
+    return {"workdir": str(folder / name), "options": [*PAIRS, f"--config.pretrained_dir={folder}/towers.npz", *options], **more}
 
 
 def start(folder, out, runs, backend="tensorflow", environment=(), **more):
@@ -105,11 +120,14 @@ def processes(folder):
         run(folder, "one_device", "--config.strategy=one_device"),
         run(folder, "mirrored", mirrored),
         run(folder, "as_on_tpu", mirrored, four, "--config.steps_on_device=2", stand_in=True),
+        pairs(folder, "pairs", "--config.strategy=one_device"),
+        pairs(folder, "pairs_mirrored", mirrored),
     ]
     jax = [
         run(folder, "data_2", data, four, places=2),
         run(folder, "data_8", data),
         run(folder, "model", "--config.strategy=model_parallel", "--config.model_axis=4"),
+        pairs(folder, "pairs_data_2", data, places=2),
     ]
     refused = [{"name": "model_parallel", "model_axis": 3}, {"name": "model_parallel", "model_axis": 0}, {"name": "mirrored"}]
     started = (
@@ -162,11 +180,12 @@ def jax_workers(folder):
 
 def assert_same_run(folder, name):
     """Losses within 1e-5 of those on one device at every step, and the same weights at the end."""
-    expected, found = steps(folder, "one_device"), steps(folder, name)
+    one_device = "pairs" if name.startswith("pairs") else "one_device"
+    expected, found = steps(folder, one_device), steps(folder, name)
     assert list(found) == [step for step in expected if step in found] and max(found) == STEPS
     for key in ("loss", "grad_norm", "lr"):
         np.testing.assert_allclose([s[key] for s in found.values()], [expected[step][key] for step in found], rtol=1e-5)
-    with np.load(folder / "one_device" / "model.npz") as one, np.load(folder / name / "model.npz") as other:
+    with np.load(folder / one_device / "model.npz") as one, np.load(folder / name / "model.npz") as other:
         assert sorted(one) == sorted(other)
         for key in one:
             np.testing.assert_allclose(other[key], one[key], rtol=1e-4, atol=1e-5, err_msg=key)
@@ -182,15 +201,25 @@ def test_the_run_on_one_device_clips_warms_up_and_learns(folder, processes):
 
 PLACES = {
     "one_device": ["one_device", 1, 0, 1], "mirrored": ["mirrored", 2, 0, 1], "as_on_tpu": ["tpu", 2, 0, 1],
+    "pairs": ["one_device", 1, 0, 1], "pairs_mirrored": ["mirrored", 2, 0, 1],
     "data_2": ["data_parallel", 2, 0, 1], "data_8": ["data_parallel", 8, 0, 1], "model": ["model_parallel", 2, 0, 1],
+    "pairs_data_2": ["data_parallel", 2, 0, 1],
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", list(PLACES)[1:])
+@pytest.mark.parametrize("name", [name for name in PLACES if name not in ("one_device", "pairs")])
 def test_the_numbers_are_those_of_one_device(folder, processes, name):
     tensorflow, jax = processes
     assert dict(zip(PLACES, tensorflow["places"] + jax["places"]))[name] == PLACES[name]
     assert_same_run(folder, name)
+
+
+def test_every_contrastive_loss_and_its_gradient_are_those_of_the_whole_batch(processes):
+    found = processes[0]["extra"]["pairs"]
+    assert set(found) == {f"{kind} {duplicates}" for kind in LOSSES for duplicates in DUPLICATES}
+    for one, two in found.values():
+        for mine, both in zip(one, two):
+            np.testing.assert_allclose(both, mine, rtol=1e-5, atol=1e-6)
 
 
 def test_replicas_draw_other_dropout_masks_and_go_on_from_the_same_seed(processes):
