@@ -82,6 +82,7 @@ def test_every_block_of_the_page_is_run_or_says_why_not():
     text = PAGE.read_text()
     assert text.count("\n```") == 2 * len(MARK.findall(text)), "a fenced block without <!-- snippet: ... --> above it"
     assert all(any(said in body for _, body in snippets("snippet").values()) for said in SMALL)
+    assert set(snippets("not run")) == {"tests/test_hub_texts.py does it"}
     for heading in re.findall(r"^## (.*)$", text, re.MULTILINE):
         anchor = re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
         assert f"- [{heading}](#{anchor})" in text
@@ -98,8 +99,6 @@ def test_embeddings_and_classifiers_are_as_the_page_says(done):
     assert kept["by_label"].output_shape == (None, 2) and kept["published"].output_shape == (None, 37)
     assert kept["in_words"].weights_info["prompts"] == ["a photo of the digit {}", "the number {}"]
     assert keras_vit.hub.verify(folder / "modules" / "animals")["output"] == "logits"
-    expected = kept["model"].encode_text(["a flower", "two dogs on grass"])
-    np.testing.assert_allclose(kept["embeddings"], expected, rtol=0, atol=1e-5)
     assert json.loads((folder / "animals.json").read_text())["counts"]["examples"] == 6
 
 
