@@ -301,7 +301,7 @@ class Judge:
             learner.jax_state_sync()
         images, said = [], []
         for x, texts in tests:
-            said += [text.decode().split("\n") for text in np.asarray(texts)]
+            said += [text.decode(errors="replace").split("\n") for text in np.asarray(texts)]
             if self.embedded is None:
                 images.append(self.images.predict_on_batch(np.asarray(x)))
         if not said:
