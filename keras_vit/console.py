@@ -388,7 +388,7 @@ def retrieval_(args):
         named = _some([f"{path} ({why})" for path, why in broken])
         facts.append(("unreadable", f"{len(broken):,}, counted as not found: {named}"))
     rows = [
-        (way, *(f"{recall.at[k]:.1%}" for k in retrieval.AT), f"{recall.median_rank:g}", recall.tied)
+        (way, *(f"{recall.at[k]:.1%}" for k in retrieval.AT), recall.median_rank or "none", recall.tied)
         for way, recall in ways.items()
     ]
     header = ("", *(f"recall@{k}" for k in retrieval.AT), "median rank", "tied")
@@ -399,6 +399,7 @@ def search_(args):
     from keras_vit.explain import gradcam
 
     gradcam.check_png(args.out)
+    search.check_text(args.text)
     model = _pair(args.model)
     times = [time.perf_counter()]
     progress = functools.partial(print, "keras-vit: embedded", file=sys.stderr)
@@ -417,7 +418,7 @@ def search_(args):
     facts = [
         ("model", args.model), ("images", f"{len(found.names):,} of {args.folder}, of which {found.added:,} embedded now"),
         *([("not looked into", f"{found.others:,} other files")] if found.others else []),
-        *([("unreadable", _some([f"{name} ({why})" for name, why in found.broken]))] if found.broken else []),
+        *([("unreadable", _line(_some([f"{name} ({why})" for name, why in found.broken])))] if found.broken else []),
         ("search", f"{document['seconds']['search']:.3f} s"), ("written", str(args.out)),
     ]  # fmt: skip
     return document, [((), facts), (("score", "image"), [(f"{hit.score:.4f}", _line(hit.name)) for hit in hits])], 0

@@ -33,7 +33,12 @@ def stub():
             continue
         built = name in zoo.VARIANTS or name in zoo.FAMILIES
         returns = {"preprocess_input": "np.ndarray", "list_models": "list[str]", "list_weights": "list[str]"}
-        returns |= {"load_weights": "None", "save_npz": "None", "decode_predictions": "list[list[tuple]]"}
+        returns |= {
+            "zero_shot": "keras.Model",
+            "load_weights": "None",
+            "save_npz": "None",
+            "decode_predictions": "list[list[tuple]]",
+        }
         kind = "keras.Model" if built or name == "create_model" else returns[name]
         lines.append(f"def {name}{inspect.signature(made)} -> {kind}: ...")
     return "\n".join(lines) + "\n"

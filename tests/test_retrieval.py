@@ -65,6 +65,8 @@ def test_what_could_not_be_read_was_not_found():
     found = retrieval(images, np.eye(4, dtype="float32"), range(4), missing=[2])
     assert found.unreadable == 1 and found.text_to_image.candidates == 3
     assert found.image_to_text.at[10] == found.text_to_image.at[10] == 3 / 4
+    most = retrieval(images, np.eye(4, dtype="float32"), range(4), missing=[0, 1, 2])
+    assert most.image_to_text.at[1] == 1 / 4 and most.image_to_text.median_rank is None
     with pytest.raises(errors.NonFiniteError, match="an image is NaN"):
         retrieval(images, np.eye(4, dtype="float32"), range(4))
     with pytest.raises(errors.DataError, match="none of the 4 images"):

@@ -27,7 +27,7 @@ class Recall:
         candidates: how many each was looked for among.
         at: {k: share of the queries that have a right answer among the best k}.
         intervals: {k: (low, high)}, see `classify.wilson_interval`; narrower than the truth where captions share an image.
-        median_rank: of the best right answer, 1 for the first place.
+        median_rank: of the best right answer, 1 for the first place; None where half of the queries could not be asked.
         tied: how many queries have a wrong answer of exactly the score of their best right one.
     """
 
@@ -35,7 +35,7 @@ class Recall:
     candidates: int
     at: dict
     intervals: dict
-    median_rank: float
+    median_rank: float | None
     tied: int
 
 
@@ -183,12 +183,12 @@ def _ranks(queries, groups, candidates, candidate_groups):
 def _recall(ranks, tied, queries, candidates, at):
     """A `Recall`; queries beyond the ranks were not found."""
     found = {k: int(np.sum(ranks < k)) for k in at}
-    ranks = np.concatenate([ranks + 1.0, np.full(queries - len(ranks), np.inf)])
+    median = np.median([*(ranks + 1.0), *[np.inf] * (queries - len(ranks))])
     return Recall(
         queries=queries,
         candidates=candidates,
         at={k: count / queries for k, count in found.items()},
         intervals={k: classify.wilson_interval(count, queries) for k, count in found.items()},
-        median_rank=float(np.median(ranks)),
+        median_rank=float(median) if np.isfinite(median) else None,
         tied=int(tied.sum()),
     )

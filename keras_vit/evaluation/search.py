@@ -129,8 +129,7 @@ def search(model, found, text, top=TOP, *, once=False):
     Returns:
         [`Hit`], fewer than `top` where there are not as many images.
     """
-    if not isinstance(text, str) or not text.strip():
-        raise errors.ArgumentError(f"search: expected a text to look for, got {text!r}.")
+    check_text(text)
     if not isinstance(top, int) or isinstance(top, bool) or top < 1:
         raise errors.ArgumentError(f"search: expected top to be a whole number above 0, got {top!r}.")
     if once and keras.config.backend() == "tensorflow" and model.tokenizer is not None:
@@ -144,6 +143,12 @@ def search(model, found, text, top=TOP, *, once=False):
         )
     scores = found.embeddings @ embedding
     return [Hit(found.names[i], float(scores[i])) for i in np.argsort(-scores, kind="stable")[:top]]
+
+
+def check_text(text):
+    """Raises ArgumentError for what is no text to look for."""
+    if not isinstance(text, str) or not text.strip():
+        raise errors.ArgumentError(f"search: expected a text to look for, got {text!r}.")
 
 
 def _tower(model, name, asked):

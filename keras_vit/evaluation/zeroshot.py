@@ -11,7 +11,6 @@ LiT's model card has the figures of google-research/big_vision (`evaluators/proj
 import collections
 import hashlib
 import itertools
-import math
 import warnings
 
 import keras
@@ -50,9 +49,9 @@ def zero_shot(
         A `zoo.Model`, (b, H, W, 3) -> (b, classes). `weights_info` has "class_names", those to show, and "prompts".
 
     Raises:
-        errors.ArgumentError: no towers or tokenizer; a name or prompt is empty, no str, or there twice; a prompt has no place for
-            the name, or several; an unknown list.
-        errors.NonFiniteError: a temperature or an embedding is not finite.
+        errors.ArgumentError: no towers or tokenizer; a name is empty, no str, or there twice; a prompt has no place for the name,
+            or several; an unknown list.
+        errors.NonFiniteError: the temperature or an embedding is not finite.
 
     Warns:
         UserWarning: classes are the same text to the tokenizer, as names it has no words for, or that a long prompt pushes out of
@@ -71,7 +70,7 @@ def zero_shot(
         )
     labels, names = _classes(class_names, canonicalize, asked)
     templates = _prompts(prompts, canonicalize, asked)
-    temperature = _temperature(model, asked)
+    temperature = np.float32(model.temperature)
     kernel = temperature * class_embeddings(model, names, templates, batch_size=batch_size, labels=labels).T
     bias = getattr(model, "bias", None) if classifier_activation == "sigmoid" else None
     head = keras.layers.Dense(len(labels), use_bias=bias is not None, dtype="float32", name="head")
@@ -140,13 +139,6 @@ def _warn_of_same(labels, digests):
             f"{shown}{' and more' if len(same) > 4 else ''}. Give them other names, or shorter prompts.",
             stacklevel=4,
         )
-
-
-def _temperature(model, asked):
-    temperature = float(model.temperature)
-    if not math.isfinite(temperature) or temperature <= 0:
-        raise errors.NonFiniteError(f"{asked}: expected a finite temperature above 0, got {temperature}; load intact weights.")
-    return np.float32(temperature)
 
 
 def _classes(class_names, canonicalize, asked):
