@@ -253,7 +253,7 @@ class Contract:
                 ) from error
         if weights is not None and not isinstance(weights, Weights):
             weights = find_weights(weights, family.name)
-        self.record, self.archive, self.shapes = weights, None, {}
+        self.record, self.archive, self.shapes, self.source = weights, None, {}, None
         if weights is not None:
             self.archive = weights.archive if isinstance(weights, _Headers) else _open(weights.source, weights.size)
             _, self.shapes, _ = _read_as(self.archive, family)
@@ -278,8 +278,8 @@ class Contract:
         """The (h, w) of positions that the file to load records, or None."""
         return _recorded_grid(self.archive) if self.archive else None
 
-    def images(self, size, check):
-        """The (b, H, W, 3) tensor to build on, values as the checkpoint was trained on.
+    def given(self, size, check):
+        """The (b, H, W, 3) tensor to build on, as the caller gives it.
 
         Args:
             size: (H, W) of the input where the caller named no shape.
@@ -308,10 +308,15 @@ class Contract:
         check(*shape[:2])
         self.size = shape[:2]
         self.source = keras.Input(shape, name="images") if tensor is None else tensor
+        return self.source
+
+    def images(self, size, check):
+        """The same with values as the checkpoint was trained on."""
+        x = self.given(size, check)
         if not self.include_preprocessing:
-            return self.source
+            return x
         mean, variance = self.pixels.mean, [deviation**2 for deviation in self.pixels.std]
-        return keras.layers.Normalization(mean=mean, variance=variance, dtype="float32", name="preprocessing")(self.source)
+        return keras.layers.Normalization(mean=mean, variance=variance, dtype="float32", name="preprocessing")(x)
 
     @property
     def pixels(self):
@@ -340,8 +345,13 @@ class Contract:
         """
         sources = keras.utils.get_source_inputs(self.source)
         inputs = [*sources, *beside]
-        model = Model(inputs if len(inputs) > 1 else inputs[0], outputs, name=name)
-        outside = [] if self.input_tensor is None else [layer.name for layer in keras.Model(sources, self.source).layers]
+        return self.finish(Model(inputs if len(inputs) > 1 else inputs[0], outputs, name=name), name)
+
+    def finish(self, model, name):
+        """The model, a `Model` on what `given` gave, with its record, and its weights loaded."""
+        outside = []
+        if self.input_tensor is not None and self.source is not None:
+            outside = [layer.name for layer in keras.Model(keras.utils.get_source_inputs(self.source), self.source).layers]
         info = dict(
             source=None, sha256=None, layout=None, resolution=None, classes=self.classes if self.include_top else None,
             licence=None, preprocessing=self.pixels.asdict(), include_preprocessing=bool(self.include_preprocessing),
@@ -478,13 +488,14 @@ def identify(archive):
     readings = []
     for family in FAMILIES.values():
         layout, shapes, unknown = _read_as(archive, family)
+        beside = sum(map(family.layouts[layout].is_beside, archive.entries))
         try:
             arguments = family.sizes(shapes)
         except (KeyError, IndexError, ValueError, TypeError):  # the shapes are those of something else
             arguments = {}
         rows = [row.name for row in VARIANTS.values() if row.family is family and arguments and row.fits(arguments)]
         classes = shapes["head/kernel"][-1] if shapes.get("head/kernel") else None
-        misses = len(unknown) + (not arguments)
+        misses = len(unknown) + (not arguments), beside
         readings.append((misses, Reading(family.name, layout, arguments, tuple(rows), classes, tuple(unknown))))
     least = min(misses for misses, _ in readings)
     first, *others = (reading for misses, reading in readings if misses == least)
@@ -503,7 +514,8 @@ def _family(model, asked):
 
 def _weights(model):
     """{our name: variable} of a model that this package built."""
-    return load.named_weights(model, skip=model._facts["outside"])
+    found = load.named_weights(model, skip=model._facts["outside"])
+    return {model._facts.get("under", "") + name: weight for name, weight in found.items()}
 
 
 def _wanted(model, archive, *, ignore=(), reset_head=False, grid=None, resize_patches=False):
@@ -638,6 +650,10 @@ class Variant:
     def family(self):
         return FAMILIES[self.builder.__name__]
 
+    def takes(self, argument):
+        """Whether its constructor has an argument of that name."""
+        return argument in inspect.signature(self.builder).parameters
+
     def fits(self, arguments):
         """Whether a model of these arguments of the builder is one of this row, as far as they go."""
         return all(self.arguments.get(key, value) == value for key, value in arguments.items())
@@ -674,10 +690,14 @@ def find_weights(weights, name, variant=None, side=224):
     )
 
 
-def variant(name, builder, *, params, macs, weights=None, upstream=(), resolution=224, **arguments):
-    """Registers a row and returns its constructor, a function with the builder's signature and this row's defaults."""
+def variant(name, builder, *, params, macs, weights=None, upstream=(), resolution=224, default="imagenet", **arguments):
+    """Registers a row and returns its constructor, a function with the builder's signature and this row's defaults.
+
+    Args:
+        default: the constructor's `weights`; for the others see `Variant`.
+    """
     shared = inspect.signature(builder)
-    defaults = {"name": name, "weights": "imagenet", **arguments}
+    defaults = {"name": name, "weights": default, **arguments}
     parameters = [p.replace(default=defaults[p.name]) if p.name in defaults else p for p in shared.parameters.values()]
     signature = shared.replace(parameters=parameters)
 
@@ -724,7 +744,7 @@ def explain(archive, row):
     """
     _, shapes, _ = _read_as(archive, row.family)
     headers = _Headers(str(archive.path), None, None, licence=None, resolution=None, published=False, archive=archive)
-    options = {} if "head/kernel" in shapes else {"include_top": False}
+    options = {"include_top": False} if "head/kernel" not in shapes and row.takes("include_top") else {}
     with keras.StatelessScope(initialize_variables=False):
         try:
             model = row.build(weights=headers, input_shape=(row.resolution, row.resolution, 3), **options)

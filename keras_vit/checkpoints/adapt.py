@@ -205,26 +205,26 @@ def resample_patches(kernel, size):
 
 
 class PatchKernel:
-    """Resamples the kernel of the patch embedding to the model's patch size (h, w), by `resample_patches`."""
+    """Resamples the kernel of the patch embedding to the model's patch size (h, w), by `resample_patches`.
 
-    names = ("patches/kernel",)
+    Args:
+        size: (h, w). kernel: our name of it.
+    """
 
-    def __init__(self, size):
-        self.size = tuple(size)
+    def __init__(self, size, kernel="patches/kernel"):
+        self.size, self.names = tuple(size), (kernel,)
 
     def plan(self, shapes):
-        (shape,) = shapes.values()
+        ((kernel, shape),) = shapes.items()
         if len(shape) != 4 or max(shape[:2]) > MAX_PATCH:
-            raise errors.CheckpointMismatchError(
-                f"patches/kernel: expected (h, w, c, d), h and w at most {MAX_PATCH}, got {shape}"
-            )
+            raise errors.CheckpointMismatchError(f"{kernel}: expected (h, w, c, d), h and w at most {MAX_PATCH}, got {shape}")
         if shape[:2] == self.size:
             return shapes, None
-        does = f"patches/kernel: patches of {shape[0]} x {shape[1]} resampled to {self.size[0]} x {self.size[1]}"
-        return {"patches/kernel": (*self.size, *shape[2:])}, does
+        does = f"{kernel}: patches of {shape[0]} x {shape[1]} resampled to {self.size[0]} x {self.size[1]}"
+        return {kernel: (*self.size, *shape[2:])}, does
 
     def __call__(self, arrays):
-        return {"patches/kernel": resample_patches(arrays["patches/kernel"], self.size)}
+        return {kernel: resample_patches(array, self.size) for kernel, array in arrays.items()}
 
 
 def bisected(steps, reach):

@@ -104,6 +104,13 @@ def constant(original, ours, make=None):
     return Constant(Template(original), Template(ours), make)
 
 
+def within(rules, original, ours):
+    """The same rules for arrays under the prefix `original` of a file and weights under the prefix `ours` of a model."""
+    return [
+        dataclasses.replace(r, original=Template(original + r.original.text), ours=Template(ours + r.ours.text)) for r in rules
+    ]
+
+
 class Names:
     """The map of one layout: an ordered list of rules and constants, given singly or in lists.
 

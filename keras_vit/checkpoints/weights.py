@@ -23,6 +23,7 @@ class Weights:
         pixels: the preprocessing it was trained with.
         licence: as its publisher states it.
         published: False for a file of a user, of which only the source is known.
+        vocabulary: source of the file of the texts' vocabulary, where the model reads some.
     """
 
     source: str
@@ -34,6 +35,7 @@ class Weights:
     pixels: Pixels = Pixels()
     licence: str | None = GOOGLE_LICENCE
     published: bool = True
+    vocabulary: str | None = None
 
 
 IMAGENET21K = 21_843  # classes of the original's ImageNet-21k heads

@@ -21,14 +21,15 @@ class Attention(keras.layers.Layer):
 
     The softmax is computed in float32 whatever the compute type. Weights: `qkv_kernel` (d, 3, heads, d / heads), `qkv_bias`
     (3, heads, d / heads), `out_kernel` (heads, d / heads, d), `out_bias` (d,); the first axis of size 3 is query, key, value.
-    `bias` (heads, n, n), which a caller may pass, is added to the scores before the softmax.
+    `bias` (heads, n, n), which a caller may pass, is added to the scores before the softmax. `pairs` (b, n, n) says which pairs of
+    query and key count: False means a score of -1e10, so that a query none of whose keys count attends to all alike.
 
     Args:
         heads: number of heads; must divide the width.
         dropout_rate: dropout on the attention weights.
         flash_attention: True computes by `keras.ops.dot_product_attention`, which takes the fused kernel of an accelerator where
             there is one; False by two matrix products; None by the former on JAX and PyTorch devices that are no CPU. The
-            numbers are the same. Attention dropout in training always takes the matrix products, since the fused op has none.
+            numbers are the same. `pairs`, and attention dropout in training, always take the matrix products.
         qkv_bias: which of query, key and value have a bias: "qkv", "qv" (BEiT's; `qkv_bias` is (2, heads, d / heads)) or "".
         kernel_stddev: of the normal distribution that kernels start from; None for Xavier's uniform.
     """
@@ -58,7 +59,7 @@ class Attention(keras.layers.Layer):
         self.out_kernel = self.add_weight(shape=(self.heads, size, width), initializer=init, name="out_kernel")
         self.out_bias = self.add_weight(shape=(width,), initializer="zeros", name="out_bias")
 
-    def call(self, x, query=None, bias=None, training=None, tap=None):
+    def call(self, x, query=None, bias=None, pairs=None, training=None, tap=None):
         """Returns (b, n, d), or the attention weights (b, heads, query, key) in float32 with tap="scores"."""
         if query is None:
             projected = [self._project(x, 0, 3)]
@@ -66,7 +67,7 @@ class Attention(keras.layers.Layer):
             projected = [self._project(query, 0, 1), self._project(x, 1, 3)]
         tokens, width = ops.shape(projected[0])[1], x.shape[-1]
         scale = (width // self.heads) ** -0.5
-        if tap is None and self._fused(x, training):
+        if tap is None and pairs is None and self._fused(x, training):
             q, k, v = (part for each in projected for part in ops.unstack(each, each.shape[2], axis=2))
             bias = None if bias is None else ops.cast(bias, q.dtype)[None]
             mixed = ops.dot_product_attention(q, k, v, bias, scale=scale)
@@ -75,7 +76,8 @@ class Attention(keras.layers.Layer):
             q, k, v = (part for each in projected for part in ops.unstack(each, each.shape[0], axis=0))
             scores = ops.matmul(q * ops.cast(scale, q.dtype), ops.transpose(k, (0, 1, 3, 2)))
             scores = ops.cast(scores, "float32")
-            scores = self._weights(scores if bias is None else scores + ops.cast(bias, "float32"), tap)
+            scores = scores if bias is None else scores + ops.cast(bias, "float32")
+            scores = self._weights(scores if pairs is None else ops.where(pairs[:, None], scores, -1e10), tap)
             if tap in self.INSIDE:
                 return scores
             scores = self.dropout(ops.cast(scores, self.compute_dtype), training=training)
@@ -122,7 +124,7 @@ class Attention(keras.layers.Layer):
         m = n if queries is None else queries
         return collections.Counter(linear=2 * (m + n) * d * d, matmul=2 * m * n * d)
 
-    def compute_output_spec(self, x, query=None, bias=None, training=None, tap=None):
+    def compute_output_spec(self, x, query=None, bias=None, pairs=None, training=None, tap=None):
         b, n, d = x.shape
         m = n if query is None else query.shape[1]
         if tap in self.INSIDE:

@@ -136,15 +136,16 @@ def check_size(name, size, patch, drop=False):
     )
 
 
-def default_size(top, patch, class_token):
+def default_size(top, patch, class_token, under=""):
     """(H, W) of the input where none is asked for: the record's, else that of the file's table of positions, else 224.
 
     Args:
-        top: the `Contract`. patch: (height, width) in pixels of the image for each position.
+        top: the `Contract`. patch: (height, width) in pixels of the image for each position. under: what our names of the
+            weights begin with.
     """
     if top.record and top.record.resolution:
         return (top.record.resolution,) * 2
-    grid, positions = top.recorded_grid, top.stored("tokens/positions")
+    grid, positions = top.recorded_grid, top.stored(f"{under}tokens/positions")
     if grid is None and positions and len(positions) == 3 and positions[1] > class_token:
         side = math.isqrt(positions[1])  # with or without a row for the class token
         grid = (side, side)
@@ -162,20 +163,23 @@ POSITION_NAMES = {
     "-posemb-on-top": "pos_embedding",
 }  # fmt: skip
 # Where all arrays of a file lie, and what lies beside them: bare as released; as training jobs store them; one of two towers
-ROOTS = {"": (), "params/": (), "opt/target/": ("opt/state/*",), "params/img/": ("params/txt/*", "params/t", "params/b")}
+ROOTS = {
+    "": (), "params/": (), "opt/target/": ("opt/state/*",), "img/": ("txt/*", "t", "b"),
+    "params/img/": ("params/txt/*", "params/t", "params/b"),
+}  # fmt: skip
 
 
-def encoder_names(norm_1, attention, norm_2, mlp):
+def encoder_names(norm_1, attention, norm_2, mlp, encoder="Transformer", head="head"):
     """The rules of blocks, the norm after them and the classifier, which the descendants of ViT share."""
-    block = "Transformer/encoderblock_{i}"
+    block = f"{encoder}/encoderblock_{{i}}"
     return [
         *flax.norm(f"{block}/{norm_1}", "block_{i}/attention_norm"),
         *flax.attention(f"{block}/{attention}", "block_{i}/attention"),
         *flax.norm(f"{block}/{norm_2}", "block_{i}/mlp_norm"),
         *flax.mlp(f"{block}/{mlp}", "block_{i}/mlp"),
-        *flax.norm("Transformer/encoder_norm", "encoder_norm"),
+        *flax.norm(f"{encoder}/encoder_norm", "encoder_norm"),
         *flax.dense("pre_logits", "pre_logits"),
-        *flax.dense("head", "head"),
+        *flax.dense("head", head),
     ]
 
 
