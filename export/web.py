@@ -120,7 +120,7 @@ def build(model, path, *, labels=LABELS, prompt=PROMPT, samples=PHOTOGRAPHS, run
             "text": {"input": "tokens", "output": "text_embeddings", "file": _entry(page, "model/text.onnx")},
             "tokenizer": _entry(page, "model/vocabulary.json"),
             "runtimes": {
-                provider: {"script": f"runtime/{_script(script)}", "wasm": f"runtime/{program}"}
+                provider: {"script": f"runtime/{_script(script)}", "program": _entry(page, f"runtime/{program}")}
                 for provider, (script, program) in MEMBERS.items() if provider in providers
             },
         }  # fmt: skip
@@ -136,19 +136,14 @@ def build(model, path, *, labels=LABELS, prompt=PROMPT, samples=PHOTOGRAPHS, run
 
 
 def _tokenizer(model):
-    """What the page's tokenizer is made of; ArgumentError where the model is none that a page can be made of."""
+    """The record of a model's tokenizer; ArgumentError where the model is none that a page can be made of."""
     missing = [name for name in ("image_tower", "text_tower", "tokenizer") if getattr(model, name, None) is None]
     if missing:
         raise errors.ArgumentError(
             f"export.web: expected a LiT with both towers and a tokenizer, got {model.name!r} without {', '.join(missing)}. Build "
             "keras_vit.LiT_mu or the like with towers='both', and vocabulary= where its weights bring none."
         )
-    return record_of(model.tokenizer)
-
-
-def record_of(tokenizer):
-    """A tokenizer of `keras_vit.data.text` as the page's JavaScript reads it: {"kind", "length", ...}, see web_page/*.js."""
-    raise NotImplementedError
+    return model.tokenizer.to_dict()
 
 
 def _target(path):

@@ -186,7 +186,7 @@ async function look(blob, name) {
 
 function embedded({ embedding, milliseconds }) {
   image = embedding;
-  fact("Last picture", `${milliseconds.toFixed(0)} ms`);
+  fact("Last picture", `${milliseconds.toFixed(1)} ms, from its pixels to its embedding`);
 }
 
 let stream = null;

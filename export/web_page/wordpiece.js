@@ -3,17 +3,29 @@
 const WORD_BYTES = 100; // of UTF-8, above which a word is not looked into
 const PAD = 0;
 const encoder = new TextEncoder();
-const IGNORED = /\p{Default_Ignorable_Code_Point}/u, MARKS = /\p{Mn}/gu, CONTROLS = /[\t\n\f\r\p{Cc}\p{Cf}]/gu;
+const IGNORED = /\p{Default_Ignorable_Code_Point}/u, MARKS = /\p{Mn}/gu, CONTROLS = /[\p{Cc}\p{Cf}]/gu;
 const CHINESE = "\u4e00-\u9fff\u3400-\u4dbf\u{20000}-\u{2a6df}\u{2a700}-\u{2b73f}\u{2b740}-\u{2b81f}\u{2b820}-\u{2ceaf}\uf900-\ufaff\u{2f800}-\u{2fa1f}";
-const WORDS = new RegExp(`[!-/:-@\\[-\`{-~\\p{P}${CHINESE}]|[^ !-/:-@\\[-\`{-~\\p{P}${CHINESE}]+`, "gu");
+const ALONE = `!-/:-@\\[-\`{-~\\p{P}${CHINESE}`;
+const SINGLE = new RegExp(`^[${ALONE}]$`, "u"), WORDS = new RegExp(`[${ALONE}]|[^ ${ALONE}]+`, "gu");
 
-// Unicode's NFKC_Casefold of one character, then NFD without marks; characters that separate words become spaces.
-function fold(character) {
+// Unicode's full case folding, which JavaScript lacks; Cherokee folds to capitals, and the dotless i to itself.
+function casefold(text) {
+  const one = (character) => {
+    if (character === "\u0131") return character;
+    return /[\u13a0-\u13fd\uab70-\uabbf]/.test(character) ? character.toUpperCase() : character.toUpperCase().toLowerCase();
+  };
+  return [...text].map(one).map((folded) => [...folded].map(one).join("")).join("");
+}
+
+/** NFKC_Casefold of one character, then NFD without marks; characters that separate words become spaces. */
+export function fold(character) {
   if (IGNORED.test(character)) return "";
-  const lower = (text) => text.toUpperCase().toLowerCase();
-  const folded = lower(lower(character.normalize("NFKC")).normalize("NFKC")).normalize("NFKC");
+  const folded = casefold(casefold(character.normalize("NFKC")).normalize("NFKC")).normalize("NFKC");
   return folded.normalize("NFD").replace(MARKS, "").replace(CONTROLS, " ");
 }
+
+/** Whether a character is a word of its own. */
+export const standsAlone = (character) => SINGLE.test(character);
 
 export class WordPiece {
   /** @param {{length: number, vocabulary: string}} record of the Python tokenizer's `to_dict`; a word on each line. */

@@ -35,32 +35,43 @@ async function read({ path, bytes, sha256 }, arrived) {
   return content;
 }
 
-async function open(provider, contents) {
-  const { script, wasm } = model.runtimes[provider];
-  ort = await import(address(script));
-  Object.assign(ort.env.wasm, { numThreads: 1, proxy: false, wasmPaths: { wasm: address(wasm) } });
-  const opened = [];
-  for (const content of contents) opened.push(await ort.InferenceSession.create(content, { executionProviders: [provider] }));
-  const [image, text] = opened;
-  return { provider, image, text };
+// "webgpu" where this build and this browser have it, else "wasm".
+async function provider() {
+  if (!model.runtimes.webgpu) return "wasm";
+  return (await navigator.gpu?.requestAdapter().catch(() => null)) ? "webgpu" : "wasm";
+}
+
+async function open(provider, program, contents) {
+  ort = await import(address(model.runtimes[provider].script));
+  Object.assign(ort.env.wasm, { numThreads: 1, proxy: false, wasmBinary: program.buffer });
+  const opened = { provider };
+  for (const [tower, content] of Object.entries(contents)) {
+    opened[tower] = await ort.InferenceSession.create(content, { executionProviders: [provider] });
+  }
+  return opened;
 }
 
 async function start() {
   const response = await fetch(address("model.json"));
   if (!response.ok) throw new Error(`model.json cannot be read: the server says ${response.status}.`);
   model = await response.json();
-  const files = [model.image.file, model.text.file, model.tokenizer];
+  const first = await provider();
+  const files = [model.runtimes[first].program, model.image.file, model.text.file, model.tokenizer];
   const total = files.reduce((sum, { bytes }) => sum + bytes, 0);
   let loaded = 0;
   const arrived = (count) => postMessage({ progress: (loaded += count) / total, total });
-  const [image, text, vocabulary] = await Promise.all(files.map((file) => read(file, arrived)));
-  const { kind, ...rest } = JSON.parse(new TextDecoder().decode(vocabulary));
-  tokenizer = new TOKENIZERS[kind](rest);
-  if (model.runtimes.webgpu && (await navigator.gpu?.requestAdapter().catch(() => null))) {
-    towers = await open("webgpu", [image, text]).catch((error) => console.warn("WebGPU is not used:", error));
+  const [program, image, text, vocabulary] = await Promise.all(files.map((file) => read(file, arrived)));
+  const { kind, ...record } = JSON.parse(new TextDecoder().decode(vocabulary));
+  tokenizer = new TOKENIZERS[kind](record);
+  try {
+    towers = await open(first, program, { image, text });
+  } catch (error) {
+    if (first === "wasm") throw error;
+    console.warn("WebGPU is not used:", error);
+    towers = await open("wasm", await read(model.runtimes.wasm.program, () => {}), { image, text });
   }
-  towers ??= await open("wasm", [image, text]);
-  await Promise.all([embedImages(new Float32Array(3 * model.image.size[0] * model.image.size[1]), 1), embedTexts(["a"])]); // warm
+  await embedImages(new Float32Array(3 * model.image.size[0] * model.image.size[1]), 1); // the first run of each takes longer
+  await embedTexts([""]);
   return { model, provider: towers.provider };
 }
 
