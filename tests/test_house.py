@@ -13,8 +13,8 @@ PACKAGE = ROOT / "keras_vit"
 FILES = sorted(PACKAGE.rglob("*.py"))
 BACKENDS = {"tensorflow", "jax", "torch"}
 BACKEND_USERS = (
-    "data/pipeline.py", "data/text.py", "data/augment.py", "data/ops.py", "training/", "explain/gradcam.py", "hub/", "main.py",
-    "console.py",
+    "data/pipeline.py", "data/textgraph.py", "data/augment.py", "data/ops.py", "training/", "explain/gradcam.py", "hub/",
+    "main.py", "console.py",
 )  # fmt: skip
 LEVEL_0 = ("layers", "errors", "checkpoints", "data/pixels", "version")
 LEVEL_1 = (*LEVEL_0, "zoo")
