@@ -21,8 +21,8 @@ class Attention(keras.layers.Layer):
 
     The softmax is computed in float32 whatever the compute type. Weights: `qkv_kernel` (d, 3, heads, d / heads), `qkv_bias`
     (3, heads, d / heads), `out_kernel` (heads, d / heads, d), `out_bias` (d,); the first axis of size 3 is query, key, value.
-    `bias` (heads, n, n), which a caller may pass, is added to the scores before the softmax. `pairs` (b, n, n) says which pairs of
-    query and key count: False means a score of -1e10, so that a query none of whose keys count attends to all alike.
+    `bias` (heads, n, n), which a caller may pass, is added to the scores before the softmax. `pairs` (b, n, n) says which pairs
+    of query and key count: False means a score of -1e10, so that a query none of whose keys count attends to all alike.
 
     Args:
         heads: number of heads; must divide the width.

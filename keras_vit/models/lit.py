@@ -26,6 +26,7 @@ from keras_vit.zoo import Contract, Family, Model, builder, check_choices, varia
 
 TOWERS = ("both", "image", "text")
 TEXT_MODELS = ("bert", "transformer")
+POOLINGS = {"token": "token", "gap": "avg"}  # classifier of the image tower -> what a ViT calls it
 WORDS = pathlib.Path(__file__).with_name("lit_words.txt")  # the vocabulary of LiT_mu
 
 
@@ -347,6 +348,8 @@ def LiT(
     depth,
     heads,
     mlp,
+    classifier="token",
+    representation_size=None,
     text_model,
     text_width,
     text_depth,
@@ -380,6 +383,8 @@ def LiT(
         patch_size: side of a patch in pixels, or (height, width).
         width, depth, heads, mlp: of the image tower, a ViT: width of the tokens, number of blocks, heads in each, hidden width of
             their MLPs.
+        classifier: what embeds an image: "token", or "gap", the mean over all tokens, without a class token.
+        representation_size: width of a tanh layer `pre_logits` behind it; None for none.
         text_model: "bert", which reads the first token of a text and takes 0 for the end of it, or "transformer", which reads
             the last.
         text_width, text_depth, text_heads, text_mlp: of the text tower.
@@ -394,8 +399,8 @@ def LiT(
         errors.ArgumentError: an argument is not usable; errors.DownloadError, CheckpointFormatError, CheckpointMismatchError:
             the weights are not.
     """
-    check_choices(name, towers=(towers, TOWERS), text_model=(text_model, TEXT_MODELS))
-    dims = [dim or own for dim, own in zip(out_dim, (width, text_width))]
+    check_choices(name, towers=(towers, TOWERS), text_model=(text_model, TEXT_MODELS), classifier=(classifier, tuple(POOLINGS)))
+    dims = [dim or own for dim, own in zip(out_dim, (representation_size or width, text_width))]
     if towers == "both" and dims[0] != dims[1]:
         raise errors.ArgumentError(
             f"{name}: expected both towers to give embeddings of one size, got {dims[0]} of images and {dims[1]} of texts; "
@@ -405,12 +410,12 @@ def LiT(
     inputs, embeddings = {}, {}
     if towers != "text":
         patch = (patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size)
-        size = vit.default_size(top, patch, True, "image_tower/")
+        size = vit.default_size(top, patch, classifier == "token", "image_tower/")
         x = top.given(size, lambda h, w: vit.check_size(name, (h, w), patch))
         tower = vit.ViT(
-            False, None, input_shape=(*top.size, 3), pooling="token", include_preprocessing=include_preprocessing,
-            patch_size=patch_size, width=width, depth=depth, heads=heads, mlp=mlp, representation_size=None,
-            dropout_rate=dropout_rate, flash_attention=flash_attention,
+            False, None, input_shape=(*top.size, 3), pooling=POOLINGS[classifier], include_preprocessing=include_preprocessing,
+            patch_size=patch_size, width=width, depth=depth, heads=heads, mlp=mlp, classifier=classifier,
+            representation_size=representation_size, dropout_rate=dropout_rate, flash_attention=flash_attention,
         )  # fmt: skip
         tower = _tower("image_tower", tower.input, tower.output, out_dim[0])
         inputs["images"], embeddings["image_embeddings"] = x, tower(x)
@@ -561,7 +566,8 @@ def _adapters(model, *, grid, resize_patches):
     tower = _tower_of(model, "image")
     if tower is None:
         return []
-    found = [_Positions(tower.get_layer("tokens").grid, True, file_grid=grid)]
+    tokens = tower.get_layer("tokens")
+    found = [_Positions(tokens.grid, tokens.class_token, file_grid=grid)]
     if resize_patches:
         found.append(adapt.PatchKernel(tower.get_layer("patches").kernel.shape[:2], "image_tower/patches/kernel"))
     return found
@@ -583,7 +589,8 @@ def _sizes(shapes):
         (ph, pw, _, width), query = image["patches/kernel"], image["block_0/attention/qkv_kernel"]
         found |= dict(
             patch_size=ph if ph == pw else (ph, pw), width=width, depth=vit.depth(image), heads=query[1],
-            mlp=image["block_0/mlp/fc1/kernel"][1],
+            mlp=image["block_0/mlp/fc1/kernel"][1], classifier="token" if "tokens/cls" in image else "gap",
+            representation_size=image.get("pre_logits/kernel", (None,))[-1],
         )  # fmt: skip
     if found["towers"] != "image":
         words, mlp, query = text["embedding/words"], text["block_0/mlp/fc1/kernel"], text["block_0/attention/qkv_kernel"]
@@ -625,10 +632,11 @@ PLAIN_S = dict(text_model="transformer", text_width=384, text_depth=12, text_hea
 PLAIN_TI = dict(text_model="transformer", text_width=192, text_depth=12, text_heads=3, text_mlp=768, vocabulary_size=16_000)
 
 
-def _released(name, vocabulary, mib=None):
-    """The file of a model, and beside it the vocabulary that it was trained with."""
+def _released(name, vocabulary):
+    """What rows have of the file of a model, and of the vocabulary beside it, that it was trained with."""
     source = f"gs://vit_models/lit/{name}.{vocabulary}"
-    return {"lit": google(f"lit/{name}", mib, classes=None, activation=None, vocabulary=source)}
+    record = google(f"lit/{name}", classes=None, activation=None, vocabulary=source)
+    return dict(weights={"lit": record}, upstream=(name,), default="lit", patch_size=16)
 
 
 MU = dict(text_model="bert", text_width=64, text_depth=2, text_heads=2, text_mlp=128, vocabulary_size=397, positions=16)
@@ -637,22 +645,22 @@ LiT_mu = variant(
     params=178_369, macs=2_502_912,
 )  # fmt: skip
 LiT_B16B = variant(
-    "LiT_B16B", LiT, **vit.B, **BERT_B, patch_size=16, out_dim=(768, 768), default="lit", params=195_871_489, macs=18_927_912_960,
-    upstream=("LiT-B16B",), weights=_released("LiT-B16B", "txt"),
+    "LiT_B16B", LiT, **vit.B, **BERT_B, out_dim=(768, 768), params=195_871_489, macs=18_927_912_960,
+    **_released("LiT-B16B", "txt"),
 )  # fmt: skip
 LiT_B16B_2 = variant(
-    "LiT_B16B_2", LiT, **vit.B, **BERT_B, patch_size=16, out_dim=(None, 768), default="lit", params=195_280_897, macs=18_927_323_136,
-    upstream=("LiT-B16B_2",), weights=_released("LiT-B16B_2", "txt"),
+    "LiT_B16B_2", LiT, **vit.B, **BERT_B, out_dim=(None, 768), params=195_280_897, macs=18_927_323_136,
+    **_released("LiT-B16B_2", "txt"),
 )  # fmt: skip
 LiT_L16L = variant(
-    "LiT_L16L", LiT, **vit.L, **BERT_L, patch_size=16, out_dim=(None, 1024), default="lit", params=638_443_521, macs=66_399_158_272,
-    upstream=("LiT-L16L",), weights=_released("LiT-L16L", "txt"),
+    "LiT_L16L", LiT, **vit.L, **BERT_L, out_dim=(None, 1024), params=638_443_521, macs=66_399_158_272,
+    **_released("LiT-L16L", "txt"),
 )  # fmt: skip
 LiT_L16S = variant(
-    "LiT_L16S", LiT, **vit.L, **PLAIN_S, patch_size=16, out_dim=(None, 1024), default="lit", params=331_140_353, macs=61_896_179_712,
-    upstream=("LiT-L16S",), weights=_released("LiT-L16S", "model"),
+    "LiT_L16S", LiT, **vit.L, **PLAIN_S, out_dim=(None, 1024), params=331_140_353, macs=61_896_179_712,
+    **_released("LiT-L16S", "model"),
 )  # fmt: skip
 LiT_L16Ti = variant(
-    "LiT_L16Ti", LiT, **vit.L, **PLAIN_TI, patch_size=16, out_dim=(None, 1024), default="lit", params=311_913_089, macs=61_639_999_488,
-    upstream=("LiT-L16Ti",), weights=_released("LiT-L16Ti", "model"),
+    "LiT_L16Ti", LiT, **vit.L, **PLAIN_TI, out_dim=(None, 1024), params=311_913_089, macs=61_639_999_488,
+    **_released("LiT-L16Ti", "model"),
 )  # fmt: skip
