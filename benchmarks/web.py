@@ -2,7 +2,7 @@
 
     python -m benchmarks.web LiT_mu [--out=docs]
 
-Builds the page with `export.web`, serves it from this machine, and opens it in fresh profiles, which have nothing in their caches.
+Builds the page with `export.web`, serves it from this machine, and opens it in fresh profiles, whose caches are empty.
 "ready" is from the start of the navigation until the first picture's result is shown, "picture" from its pixels to its embedding
 (the resizing in JavaScript and the image tower), "typed" from a key to the changed result, of which 120 ms are the rest that the
 page waits for. --out also writes its pictures web.png and web_phone.png. Needs Chromium (`apt-get install chromium`) and

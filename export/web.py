@@ -128,7 +128,9 @@ def build(model, path, *, labels=LABELS, prompt=PROMPT, samples=PHOTOGRAPHS, run
         digest = manifest.digest(page)
         worker = page / TEMPLATED
         worker.write_text(worker.read_text(encoding="utf-8").replace("__BUILD__", digest), encoding="utf-8")
-        manifest.write(page, {"kind": FORMAT, "keras_vit": keras_vit.__version__, "model": model.name, "onnxruntime-web": VERSION})
+        manifest.write(
+            page, {"kind": FORMAT, "keras_vit": keras_vit.__version__, "model": model.name, "onnxruntime-web": VERSION}
+        )
         module.place(page, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -187,7 +189,10 @@ def _write_towers(towers, page):
         "text": rng.integers(1, words, (common.BATCH, length), np.int32),
     }
     probes["text"][::2, length // 2 :] = 0  # short ones too
-    specs = {"image": tf.TensorSpec((None, *size), tf.float32, "images"), "text": tf.TensorSpec((None, length), tf.int32, "tokens")}
+    specs = {
+        "image": tf.TensorSpec((None, *size), tf.float32, "images"),
+        "text": tf.TensorSpec((None, length), tf.int32, "tokens"),
+    }
     return [_write_tower(kind, towers[kind], specs[kind], probes[kind], page / "model" / f"{kind}.onnx") for kind in towers]
 
 
@@ -356,9 +361,7 @@ def main(argv=None):
     stored = options.model.endswith(".keras")
     if not stored and options.weights is None and not keras_vit.list_weights(options.model):
         options.weights = common.RANDOM
-    model = common.build(
-        options.model, options.weights, input_shape=common.shape_of(options.size), vocabulary=options.vocabulary
-    )
+    model = common.build(options.model, options.weights, input_shape=common.shape_of(options.size), vocabulary=options.vocabulary)
     built = build(
         model, options.out, labels=_labels(options.labels), prompt=options.prompt, samples=options.samples,
         runtime=options.runtime, random=options.weights == common.RANDOM, package=options.package,

@@ -37,6 +37,7 @@ worker.addEventListener("message", ({ data: { id, result, error, progress, total
   if (error === undefined) resolve(result);
   else reject(new Error(error));
 });
+const started = ask("start");
 worker.addEventListener("error", (event) => failed(event.message || "its script cannot be run"));
 
 const megabytes = (bytes) => `${(bytes / 1e6).toFixed(1)} MB`;
@@ -72,6 +73,7 @@ function later(work, milliseconds) {
 async function update() {
   if (!model) return;
   const turn = ++newest;
+  at("results").setAttribute("aria-busy", true);
   const { labels, left } = parseLabels(at("labels").value, MOST_LABELS);
   const template = at("prompt").value;
   const placeless = prompted(template, "") === null;
@@ -89,6 +91,7 @@ async function update() {
     if (turn !== newest) return; // what was typed since then is on its way
   }
   show(labels, prompts.map((prompt) => texts.get(prompt)));
+  at("results").setAttribute("aria-busy", false);
 }
 
 function show(labels, encoded) {
@@ -152,16 +155,19 @@ async function embed(source) {
     throw new RangeError(`It has more than ${MOST_PIXELS.toLocaleString("en")} pixels.`);
   }
   const { width, height } = bitmap;
+  await started;
   const found = await ask("image", bitmap, [bitmap]);
   return { ...found, width, height };
 }
 
-async function look(blob, name) {
+async function look(source, name) {
   const turn = ++pictures;
+  at("results").setAttribute("aria-busy", true);
   await stopCamera();
   complain();
-  let found;
+  let blob, found;
   try {
+    blob = await source;
     found = await embed(blob);
   } catch (error) {
     complain(
@@ -169,6 +175,7 @@ async function look(blob, name) {
         ? `${name} is too large. ${error.message}`
         : `${name} is no picture that this browser can read (${error.message}). Try a JPEG or PNG file.`,
     );
+    await update();
     return;
   }
   if (turn !== pictures) return;
@@ -240,7 +247,13 @@ function fact(name, value) {
   else at("facts").append(element("dt", name), element("dd", value));
 }
 
-async function addSample({ file, name }) {
+async function fetched(file) {
+  const response = await fetch(file);
+  if (!response.ok) throw new Error(`the server says ${response.status}`);
+  return response.blob();
+}
+
+function addSample({ file, name }) {
   const picture = element("img");
   Object.assign(picture, { src: file, alt: name });
   picture.addEventListener("load", () => picture.classList.toggle("tiny", picture.naturalWidth < TINY));
@@ -248,23 +261,23 @@ async function addSample({ file, name }) {
   button.type = "button";
   button.dataset.name = name;
   button.setAttribute("aria-pressed", "false");
-  button.addEventListener("click", async () => look(await (await fetch(file)).blob(), name));
+  button.addEventListener("click", () => look(fetched(file), name));
   at("samples").append(button);
 }
 
 async function begin() {
-  const started = await ask("start");
-  model = started.model;
+  const { provider } = ({ model } = await started);
   at("progress").hidden = true;
   at("random").hidden = !model.random;
   at("limits").append(...model.limits.map((limit) => element("li", limit)));
   for (const [name, value] of Object.entries(model.facts)) fact(name, value);
-  fact("Runs on", started.provider === "webgpu" ? "the graphics processor, by WebGPU" : "the processor, by WebAssembly");
+  fact("Runs on", provider === "webgpu" ? "the graphics processor, by WebGPU" : "the processor, by WebAssembly");
   if (!at("labels").value) at("labels").value = model.labels.join("\n");
   if (!at("prompt").value) at("prompt").value = model.prompt;
   model.samples.forEach(addSample);
   at("status").textContent = "Ready.";
-  if (!pictures && model.samples.length) at("samples").firstElementChild.click();
+  const [sample] = model.samples;
+  if (!pictures && sample) await look(fetched(sample.file), sample.name);
   else await update();
   document.documentElement.dataset.ready = performance.now();
   if (navigator.serviceWorker) {
@@ -277,7 +290,11 @@ async function begin() {
 
 // ---- What the reader does
 
-const typed = later(update, TYPING);
+const rested = later(update, TYPING);
+const typed = () => {
+  at("results").setAttribute("aria-busy", true);
+  rested();
+};
 at("labels").addEventListener("input", typed);
 at("prompt").addEventListener("input", typed);
 at("choose").addEventListener("click", () => at("file").click());
