@@ -142,8 +142,8 @@ def _tokenizer(model):
     missing = [name for name in ("image_tower", "text_tower", "tokenizer") if getattr(model, name, None) is None]
     if missing:
         raise errors.ArgumentError(
-            f"export.web: expected a LiT with both towers and a tokenizer, got {model.name!r} without {', '.join(missing)}. Build "
-            "keras_vit.LiT_mu or the like with towers='both', and vocabulary= where its weights bring none."
+            f"export.web: expected a LiT with both towers and a tokenizer, got {model.name!r} without {', '.join(missing)}. "
+            "Build keras_vit.LiT_mu or the like with towers='both', and vocabulary= where its weights bring none."
         )
     return model.tokenizer.to_dict()
 
@@ -303,8 +303,8 @@ def _samples(samples, licences):
         paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in pipeline.ENDINGS)[:SAMPLES]
         if not paths:
             raise errors.ArgumentError(
-                f"--samples={samples}: expected {PHOTOGRAPHS!r}, {DIGITS!r}, or a folder with images ({', '.join(pipeline.ENDINGS)}), "
-                "found none; check the path."
+                f"--samples={samples}: expected {PHOTOGRAPHS!r}, {DIGITS!r}, or a folder with images of "
+                f"{', '.join(pipeline.ENDINGS)}, found none; check the path."
             )
         yield from ((path.stem, pipeline.read_image(path)) for path in paths)
 

@@ -36,10 +36,16 @@ needs_node = pytest.mark.skipif(
     NODE is None, reason="no node on the PATH, which runs the page's JavaScript here: apt-get install nodejs"
 )
 LABELS = ["a red circle", "a blue square", "two dogs on grass", "the number seven"]
-STRANGE = ["", " ", "\t\n", "zebra zzz", "Caf\u00e9 \u2014 CAF\u00c9!", "\U0001f600 \U0001f468\u200d\U0001f469", "\u6c34 and \u706b", "a" * 300, "of " * 40]  # fmt: skip
+STRANGE = [
+    "", " ", "\t\n", "zebra zzz", "Caf\u00e9 \u2014 CAF\u00c9!", "\U0001f600 \U0001f468\u200d\U0001f469", "\u6c34 and \u706b",
+    "a" * 300, "of " * 40,
+]  # fmt: skip
 
 
-WORDS = "[PAD] [UNK] [CLS] [SEP] a the photo of cat dog ##s ##ing run ##n red ##dish . , ! - un ##known cafe \u6c34".split()
+WORDS = [
+    "[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "the", "photo", "of", "cat", "dog", "##s", "##ing", "run", "##n", "red", "##dish",
+    ".", ",", "!", "-", "un", "##known", "cafe", "\u6c34",
+]  # fmt: skip
 
 
 def node(code, given):
@@ -617,14 +623,17 @@ def test_all_can_be_done_by_keyboard_and_has_a_name(page):
 
 
 def test_the_page_fits_a_phone_and_moves_nothing_where_motion_is_unwanted(browser, site):
+    context = browser.new_context(viewport=dict(width=320, height=640), reduced_motion="reduce")
+    page = browsers.opened(context, site.url)
+    page.get_by_label("What it may show, one a line").fill("W" * 200)
+    assert page.evaluate("document.documentElement.scrollWidth") == 320
+    assert page.evaluate("getComputedStyle(document.querySelector('.bar')).transitionProperty") == "none"
+    found = {}
     for scheme in ("light", "dark"):
-        context = browser.new_context(viewport=dict(width=320, height=640), reduced_motion="reduce", color_scheme=scheme)
-        page = browsers.opened(context, site.url)
-        page.get_by_label("What it may show, one a line").fill("W" * 200)
-        assert page.evaluate("document.documentElement.scrollWidth") == 320
-        assert page.evaluate("getComputedStyle(document.querySelector('.bar')).transitionProperty") == "none"
-        assert least_contrast(page) >= 4.5  # Web Content Accessibility Guidelines 2.2, 1.4.3
-        context.close()
+        page.emulate_media(color_scheme=scheme)
+        found[scheme] = least_contrast(page)
+    assert min(found.values()) >= 4.5 and found["light"] != found["dark"]  # WCAG 2.2, success criterion 1.4.3
+    context.close()
 
 
 def least_contrast(page):
