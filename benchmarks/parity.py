@@ -268,6 +268,11 @@ def run_preprocess(case):
         for item in case.meta["items"]:
             image = pipeline.eval_image(case.inputs[item["name"]], item["size"], Pixels())
             case.compare(item["name"], image, case.meta["tolerance"])
+    elif all(set(item) == {"name", "size", "crop"} for item in case.meta["items"]):  # LiT's
+        for item in case.meta["items"]:
+            pixels = Pixels(crop="cover" if item["crop"] else "squash", whole=True)
+            image = pipeline.eval_image(case.inputs[item["name"]], item["size"], pixels)
+            case.compare(item["name"], image, case.meta["tolerance"])
     elif all("begin_y" in item for item in case.meta["items"]):
         for item in case.meta["items"]:
             box = tuple(item[side] for side in ("begin_y", "begin_x", "height", "width"))

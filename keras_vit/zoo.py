@@ -71,9 +71,9 @@ class Model(keras.Model):
     Attributes:
         family: name of the builder.
         variant: name of the registered row, or the builder's.
-        weights_info: dict: source, sha256, layout, resolution, classes, licence, preprocessing (see `Pixels`),
-            include_preprocessing, adapted, ignored, reset (lists of text), stored (types of arrays that were no float32),
-            constants (of arrays that were no weights, see `checkpoints.load.save`), zero_head.
+        weights_info: dict: source, sha256, layout, resolution, classes, licence, card (of its publisher, in words of this
+            package), preprocessing (see `Pixels`), include_preprocessing, adapted, ignored, reset (lists of text), stored (types
+            of arrays that were no float32), constants (of arrays that were no weights, see `checkpoints.load.save`), zero_head.
     """
 
     _facts = {}  # replaced, never changed in place: a clone by Keras starts without any
@@ -354,7 +354,7 @@ class Contract:
             outside = [layer.name for layer in keras.Model(keras.utils.get_source_inputs(self.source), self.source).layers]
         info = dict(
             source=None, sha256=None, layout=None, resolution=None, classes=self.classes if self.include_top else None,
-            licence=None, preprocessing=self.pixels.asdict(), include_preprocessing=bool(self.include_preprocessing),
+            licence=None, card=None, preprocessing=self.pixels.asdict(), include_preprocessing=bool(self.include_preprocessing),
             adapted=[], ignored=[], reset=[], stored={}, constants=None, zero_head=False,
         )  # fmt: skip
         model.remember(family=self.family.name, variant=name, outside=outside, weights_info=info)
@@ -375,7 +375,7 @@ class Contract:
             model.remember(plan=load.best_plan(**_wanted(model, self.archive, **options)))
             return
         load_weights(model, self.archive, **options)
-        known = dict(source=record.source, resolution=record.resolution, licence=record.licence)
+        known = dict(source=record.source, resolution=record.resolution, licence=record.licence, card=record.card)
         model.remember(weights_info={**model.weights_info, **known})
         if self.include_top and not self.keeps_head:
             in_file = self.stored("head/kernel")

@@ -29,10 +29,11 @@ def pytest_collection_finish():
 
 
 def toys(*quick):
-    """Parameters: the toy of every registered family; all but the `quick` ones are for the slow tests."""
+    """Parameters: the toy of every registered family of classifiers; all but the `quick` ones are for the slow tests."""
     import keras_vit
 
-    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in keras_vit.list_models("*_mu")]
+    names = [name for name in keras_vit.list_models("*_mu") if keras_vit.zoo.VARIANTS[name].family.classifies]
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def randomise(model, seed=0):

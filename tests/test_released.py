@@ -13,7 +13,7 @@ from keras_vit import zoo
 from keras_vit.checkpoints import files, load
 
 PUBLISHED = {path if "://" in path else f"gs://{path}.npz": facts for path, *facts in FILES}
-ELSEWHERE = ("BEiT", "BEiTMasked", "BEiTSegmenter")  # families of whose files test_released_beit.py knows
+ELSEWHERE = ("BEiT", "BEiTMasked", "BEiTSegmenter", "LiT")  # of whose files test_released_beit.py and test_lit.py know
 TAGS = [(row, tag) for row in zoo.VARIANTS.values() for tag in row.weights if row.family.name not in ELSEWHERE]
 
 

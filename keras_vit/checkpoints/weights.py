@@ -24,6 +24,7 @@ class Weights:
         licence: as its publisher states it.
         published: False for a file of a user, of which only the source is known.
         vocabulary: source of the file of the texts' vocabulary, where the model reads some.
+        card: what its publisher's model card says of figures, uses and limits, in words of this package; Markdown.
     """
 
     source: str
@@ -36,6 +37,7 @@ class Weights:
     licence: str | None = GOOGLE_LICENCE
     published: bool = True
     vocabulary: str | None = None
+    card: str | None = None
 
 
 IMAGENET21K = 21_843  # classes of the original's ImageNet-21k heads

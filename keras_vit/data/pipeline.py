@@ -789,10 +789,18 @@ def _rgb(image, ranks):
 
 def _fit(image, size, pixels):
     """The image as evaluation sees it, before `pixels.normalize`."""
-    size = _height_width(size)
+    found = _framed(image, _height_width(size), pixels)
+    return tf.floor(found) if pixels.whole else found
+
+
+def _framed(image, size, pixels):
     if pixels.crop == "squash":
         return _resize(image, size, pixels)
     h, w = tf.unstack(tf.shape(image, tf.int64)[-3:-1])
+    if pixels.crop == "cover":
+        extent = tf.cast(tf.stack([h, w]), tf.float32)
+        whole = tf.cast(tf.round(extent * tf.reduce_max(tf.cast(size, tf.float32) / extent)), tf.int64)
+        return _scaled(image, size, pixels, whole, tf.cast((whole - size) // 2, tf.float32))
     high, wide = pixels.covered(size)
     # One side just covers, the other one is rounded down
     whole = tf.where(high * w >= wide * h, tf.stack([high, high * w // h]), tf.stack([wide * h // w, wide]))

@@ -10,7 +10,7 @@ import numpy as np
 
 from keras_vit.errors import ArgumentError
 
-RESIZES, CROPS = ("bilinear", "bicubic"), ("squash", "center")
+RESIZES, CROPS = ("bilinear", "bicubic"), ("squash", "center", "cover")
 LEAST_FRACTION = 0.01
 IMAGENET_MEAN = (123.675, 116.28, 103.53)  # 255 * (0.485, 0.456, 0.406), of the training images, as PyTorch's packages have it
 IMAGENET_STD = (58.395, 57.12, 57.375)  # 255 * (0.229, 0.224, 0.225)
@@ -35,7 +35,10 @@ class Pixels:
             - "squash": all of it; height and width are resized independently.
             - "center": the aspect ratio is kept. The image is resized to cover floor(size / crop_fraction), of a square the
               shorter side, and the size asked for is cut out of its centre; torchvision's `Resize` and `CenterCrop`.
-        crop_fraction: from 0.01 to 1; with "squash" it must be 1.
+            - "cover": as "center" with crop_fraction 1, but the longer side is rounded to the nearest whole number, a half to the
+              even one, and the corner is rounded down; `PreprocessImages(crop=True)` of google-research/vision_transformer.
+        crop_fraction: from 0.01 to 1; with "squash" and "cover" it must be 1.
+        whole: whether evaluation cuts the resized values down to whole numbers, as that class does for LiT.
 
     Raises:
         ArgumentError: a value is none of those.
@@ -47,13 +50,15 @@ class Pixels:
     antialias: bool = False
     crop: str = "squash"
     crop_fraction: float = 1.0
+    whole: bool = False
 
     def __post_init__(self):
         for name in ("mean", "std"):
             object.__setattr__(self, name, _three_numbers(name, getattr(self, name)))
         if min(self.std) <= 0:
             raise ArgumentError(f"Pixels.std must be above 0, got {self.std}. Give the deviations on the 0..255 scale.")
-        for name, known in (("resize", RESIZES), ("antialias", (False, True)), ("crop", CROPS)):
+        choices = dict(resize=RESIZES, antialias=(False, True), crop=CROPS, whole=(False, True))
+        for name, known in choices.items():
             value = getattr(self, name)
             if not any(value is k or (isinstance(k, str) and value == k) for k in known):
                 raise ArgumentError(f"Pixels.{name} must be one of {known}, got {value!r}. Leave it out for {known[0]!r}.")
@@ -61,8 +66,8 @@ class Pixels:
         least = LEAST_FRACTION if self.crop == "center" else 1
         if not isinstance(fraction, Real) or isinstance(fraction, bool) or not least <= fraction <= 1:
             raise ArgumentError(
-                f"Pixels.crop_fraction must be a number from {LEAST_FRACTION} to 1, and 1 with crop='squash', which cuts nothing "
-                f"off; got {fraction!r} with crop={self.crop!r}. Leave it out for 1."
+                f"Pixels.crop_fraction must be a number from {LEAST_FRACTION} to 1, and 1 with other crops than 'center'; got "
+                f"{fraction!r} with crop={self.crop!r}. Leave it out for 1."
             )
         object.__setattr__(self, "crop_fraction", float(fraction))
 
@@ -73,6 +78,7 @@ class Pixels:
     def describe(self, size):
         """How an image is brought to `size`, (height, width), in words."""
         how = f"{self.resize} {'with' if self.antialias else 'without'} antialiasing"
+        how += ", values cut down to whole numbers" if self.whole else ""
         height, width = size
         if self.crop == "squash":
             return f"{how}, to {height} x {width} whatever the aspect ratio"

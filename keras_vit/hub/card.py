@@ -15,7 +15,24 @@ TFHUB, HUGGING_FACE = FILES = ("tfhub.md", "README.md")
 EXTRA = {"dataset": str, "recipe": str, "evaluation": list, "publisher": str, "version": int, "licence": str}
 MEASURED = {"dataset": str, "split": str, "metric": str, "value": Real, "images": int, "source": str}
 _NEEDED = ("dataset", "split", "metric", "value")
-_SUFFIX = {"classification": "classification", "feature_vector": "fe", "tokens": "tokens"}  # as of modules on tfhub.dev
+_SUFFIX = {  # as of modules on tfhub.dev
+    "classification": "classification", "feature_vector": "fe", "tokens": "tokens", "image_embedding": "image",
+    "text_embedding": "text", "image_text": "image_text",
+}  # fmt: skip
+_GIVES = {
+    "classification": "a classifier of images", "feature_vector": "a feature vector of images",
+    "tokens": "token features of images", "image_embedding": "an embedding of images in one space with texts",
+    "text_embedding": "an embedding of texts in one space with images",
+    "image_text": "embeddings of images and texts in one space, and their likeness",
+}  # fmt: skip
+# What TF-Hub and Hugging Face call a task, where it is not that of features of images
+_TASKS = {
+    "classification": ("image-classification", "image-classification"),
+    "text_embedding": ("text-embedding", "feature-extraction"),
+    "image_text": ("image-others", "zero-shot-image-classification"),
+}  # fmt: skip
+_ONE = {"text_embedding": "text", "image_text": "image and one text"}
+_FEATURES = ("image-feature-vector", "image-feature-extraction")
 _RANGES = {"unit": "0 to 1", "minus1_1": "-1 to 1"}
 # Found in the address of a checkpoint: {text: dataset as TF-Hub calls it}
 _DATASETS = {
@@ -48,6 +65,20 @@ from keras_vit.hub import HubLayer
 
 model = keras.Sequential([keras.Input({shape}), HubLayer(".", trainable=True)])
 model.compile("adam", {loss})
+""",
+}
+_USES_OF_TEXTS = {
+    "text_embedding": """import tensorflow as tf
+
+module = tf.saved_model.load(".")  # this folder
+embeddings = module(tf.constant(["a photo of a cat", "a photo of a dog"]))  # or hub.KerasLayer(".")
+""",
+    "image_text": """import tensorflow as tf
+
+module = tf.saved_model.load(".")  # this folder; or hub.KerasLayer(".")
+images = tf.zeros({batch})  # RGB, {range}
+found = module({{"images": images, "texts": tf.constant(["a photo of a cat", "a photo of a dog"])}})
+shares = tf.nn.softmax(found["logits"])  # (images, texts)
 """,
 }
 
@@ -120,13 +151,12 @@ def _dataset(about, extra):
 
 
 def _summary(about):
-    gives = {"classification": "classifier", "feature_vector": "feature vector", "tokens": "token features"}[about["task"]]
-    return f"{_plain(about['variant'] or about['model'])} as a {gives} of images, for inference and fine-tuning."
+    return f"{_plain(about['variant'] or about['model'])} as {_GIVES[about['task']]}, for inference and fine-tuning."
 
 
 def _comments(about, extra):
     """The metadata of TF-Hub, `docs/writing_documentation.md` of tensorflow/docs."""
-    task = "image-classification" if about["task"] == "classification" else "image-feature-vector"
+    task, _ = _TASKS.get(about["task"], _FEATURES)
     tunable = any(variable["trainable"] for variable in about["variables"])
     values = {
         "asset-path": f"{name(about)}.tar.gz", "task": task, "fine-tunable": str(tunable).lower(), "format": "saved_model_2",
@@ -142,7 +172,7 @@ def _front_matter(about, extra):
     values = {
         "library_name": "keras", "license": licence if known else "other",
         **({} if known else {"license_name": licence}),
-        "pipeline_tag": "image-classification" if about["task"] == "classification" else "image-feature-extraction",
+        "pipeline_tag": _TASKS.get(about["task"], _FEATURES)[1],
         "tags": ["vision-transformer", "tf-hub", "saved-model"],
     }  # fmt: skip
     if _dataset(about, extra):
@@ -166,7 +196,7 @@ def _facts(about, extra):
     pixels = weights.get("preprocessing") or {}
     mean, std = pixels.get("mean"), pixels.get("std")
     sizes = about["sizes"]
-    permitted = f"{_size(about['size'])} pixels" + (
+    permitted = about["size"] and f"{_size(about['size'])} pixels" + (
         f" or any from {_size(sizes['smallest'])} to {_size(sizes['largest'])} in steps of {_size(sizes['step'])}"
         if sizes
         else ""
@@ -178,23 +208,42 @@ def _facts(about, extra):
             "family": about["family"] or "not of keras_vit", "variant": about["variant"], "settings": settings,
             "described as": paper,
             "parameters": f"{about['parameters']:,}",
-            "multiply-adds for one image": f"{about['macs']:,}" if about["macs"] else None,
+            f"multiply-adds for one {_ONE.get(about['task'], 'image')}": f"{about['macs']:,}" if about["macs"] else None,
             "computes in": about["dtype"] or "the model's own type, float32 unless it says otherwise",
             "exported by": f"keras_vit {about['keras_vit']}",
         },
         "Input and output": {
-            "input": f"float32 (batch, height, width, 3), RGB, {_RANGES[about['input_range']]}",
+            "images" if "text_length" in about else "input": about["size"]
+            and f"float32 (batch, height, width, 3), RGB, {_RANGES[about['input_range']]}",
             "height x width": permitted,
-            "output": f"{about['output']}, float32 ({', '.join(map(str, ('batch', *about['shape'])))})".replace("None", "n"),
+            "texts": about.get("text_length")
+            and f"strings (batch,), UTF-8, cut after {about['text_length']} tokens of the {about['vocabulary']['kind']} "
+            f"vocabulary inside, of sha256 {about['vocabulary']['sha256']}",
+            "output": f"image_embeddings, text_embeddings (n, {about['shape'][-1]}), logits (images, texts), float32"
+            if about["task"] == "image_text"
+            else f"{about['output']}, float32 ({', '.join(map(str, ('batch', *about['shape'])))})".replace("None", "n"),
             "meaning": {
                 "classification": "logits; a softmax, or a sigmoid where classes do not exclude each other, gives scores",
                 "feature_vector": "what the classifier reads, without dropout",
                 "tokens": "the sequence after the last norm, a class token first where there is one",
+                "image_embedding": "a vector of unit length; its product with that of a text says how alike they are",
+                "text_embedding": "a vector of unit length; its product with that of an image says how alike they are",
+                "image_text": "embeddings of unit length, and their products times the temperature; a softmax over texts gives "
+                "shares for each image",
             }[about["task"]],
-            "signatures": "serving_default (images), features (images), serving_bytes (image_bytes: JPEG, PNG, WebP, GIF or "
-            "BMP files)",
-            "preprocessing inside": f"(x - {mean}) / {std} on the 0..255 scale" if mean else None,
-            "resize of serving_bytes": Pixels.from_dict(pixels).describe(about["size"]) if pixels else None,
+            "signatures": {
+                "text_embedding": "serving_default (texts), tokens (tokens)",
+                "image_text": "serving_default (images, texts), images (images), texts (texts)",
+            }.get(
+                about["task"],
+                "serving_default (images), features (images), serving_bytes (image_bytes: JPEG, PNG, WebP, GIF or BMP files)",
+            ),
+            "preprocessing inside": f"(x - {mean}) / {std} on the 0..255 scale" if mean and about["size"] else None,
+            "resize of images" if about["task"] == "image_text" else "resize of serving_bytes": Pixels.from_dict(pixels).describe(
+                about["size"]
+            )
+            if pixels and about["size"]
+            else None,
         },
         "Weights": {
             "source": weights.get("source") or "none: these weights come from no checkpoint file",
@@ -214,7 +263,13 @@ def _body(about, extra):
         parts.append(f"## {heading}\n\n| | |\n|---|---|\n{rows}\n")
     if "imagenet" in str(_dataset(about, extra)).lower():
         parts.append(f"{_CAVEAT}\n")
+    if about["weights"].get("card"):
+        parts.append(f"## What its publisher says\n\n{about['weights']['card']}\n")
     parts.append(f"## Evaluation\n\n{_evaluation(extra.get('evaluation'))}\n")
+    if about["task"] in _USES_OF_TEXTS:
+        size = about["size"] and (2, *about["size"], 3)
+        uses = _USES_OF_TEXTS[about["task"]].format(batch=size, range=_RANGES[about["input_range"]])
+        return "\n".join([*parts, f"## Use\n\n```python\n{uses}```\n"])
     fill = dict(
         batch=(2, *about["size"], 3), shape=(*about["size"], 3), range=_RANGES[about["input_range"]], key=about["output"],
         output=f"{('batch', *about['shape'])}".replace("'", "").replace("None", "n"),

@@ -13,12 +13,16 @@ from keras_vit.data import pipeline
 from keras_vit.errors import ArgumentError, ExportError
 from keras_vit.explain.cost import cost
 
-TASKS = {"classification": "logits", "feature_vector": "feature_vector", "tokens": "tokens"}  # and what each calls its output
+TASKS = {  # and what each calls its output
+    "classification": "logits", "feature_vector": "feature_vector", "tokens": "tokens", "image_embedding": "image_embeddings",
+    "text_embedding": "text_embeddings", "image_text": "logits",
+}  # fmt: skip
 INPUT_RANGES = {"unit": (255.0, 0.0), "minus1_1": (127.5, 127.5)}  # a module's input to 0..255: x * scale + offset
 DTYPES = (None, "float32", "mixed_bfloat16", "mixed_float16")
 IMAGE_SIZES = ("fixed", "any")
 LARGEST = 4  # of any size: sides up to so many times the model's own, since attention grows with their fourth power
-_FLOAT32 = ("preprocessing", *zoo.HEADS, "logits", "predictions")  # layers that compute in float32 whatever the rest does
+# Layers that compute in float32 whatever the rest does
+_FLOAT32 = ("preprocessing", *zoo.HEADS, "logits", "predictions", "projection", "unit_length", "similarity")
 _PROBES = 2  # images
 
 
@@ -72,21 +76,18 @@ def write(model, folder, form):
     The probe holds, for each of a few sizes i, "images_i" and "outputs_i", what the Keras model itself makes of them.
     """
     if form.dtype is not None:
-        model = _with_dtype(model, form.dtype)
+        model = with_dtype(model, form.dtype)
     key = TASKS[form.task]
     whole = _whole(model, form.task)
     own = tuple(whole.input_shape[1:3])
-    bounds, macs = None, _multiply_adds(keras.Model(whole.inputs, whole.output[key]))
+    bounds, macs = None, multiply_adds(keras.Model(whole.inputs, whole.output[key]))
     if form.image_size == "any":
         whole, bounds = _open(whole), _bounds(model, own)
     main = keras.Model(whole.inputs, whole.output[key])
     pixels = zoo.pixels_of(model)
-    scale, offset = INPUT_RANGES[form.input_range]
 
     def prepare(images):
-        if bounds:
-            images = _sized(images, *bounds)
-        return pixels.normalize(images * np.float32(scale) + np.float32(offset))
+        return ready(_sized(images, *bounds) if bounds else images, pixels, form.input_range)
 
     @tf.function(autograph=False)
     def run(x, training=False):
@@ -102,7 +103,7 @@ def write(model, folder, form):
         return tf.function(body, input_signature=[given], autograph=False)
 
     def features(images):
-        found = whole(prepare(_checked(images, spec.shape)), training=False)
+        found = whole(prepare(checked(images, spec.shape)), training=False)
         return {name: tf.cast(value, tf.float32) for name, value in found.items()}
 
     def of_bytes(image_bytes):
@@ -110,11 +111,6 @@ def write(model, folder, form):
             return pipeline.eval_image(pipeline.decode(data), own, pixels)
 
         return {key: run(tf.map_fn(image, image_bytes, fn_output_signature=tf.TensorSpec((*own, 3), tf.float32)))}
-
-    def penalty(variable):
-        loss = tf.function(lambda: variable.regularizer(variable.value), input_signature=[], autograph=False)
-        loss.get_concrete_function()
-        return loss
 
     # Not tf.Module: its `variables` are read-only properties, and the saved module would have no trainable variables.
     root = tf.__internal__.tracking.AutoTrackable()
@@ -125,40 +121,63 @@ def write(model, folder, form):
     root.features = function(features)
     root.variables = [v.value for v in main.variables]  # with the seeds of dropout
     root.trainable_variables = [v.value for v in main.trainable_variables]
-    root.regularization_losses = [penalty(v) for v in main.trainable_variables if v.regularizer is not None]
+    root.regularization_losses = penalties(main)
     signatures = {
-        "serving_default": function(lambda images: {key: call(_checked(images, spec.shape))}),
+        "serving_default": function(lambda images: {key: call(checked(images, spec.shape))}),
         "features": root.features,
         "serving_bytes": function(of_bytes, tf.TensorSpec((None,), tf.string, name="image_bytes")),
     }
     tf.saved_model.save(root, str(folder / "module"), signatures=signatures)
 
     sizes = [own] + ([_probed(own, *bounds)] if bounds else [])
-    images = [np.random.default_rng(0).random((_PROBES, *size, 3), np.float32) for size in sizes]
-    images = [(x * np.float32(255.0) - np.float32(offset)) / np.float32(scale) for x in images]
+    images = [probe(size, form.input_range) for size in sizes]
     with tf.device("CPU:0"):  # where the other process computes too: a GPU's matrix products may be rounded to TF32
         outputs = [tf.function(main, autograph=False)(tf.constant(prepare(x)), training=False) for x in images]
     outputs = {f"outputs_{i}": tf.cast(y, tf.float32).numpy() for i, y in enumerate(outputs)}
     np.savez(folder / "probe.npz", **outputs, **{f"images_{i}": x for i, x in enumerate(images)})
-    record = {**_about(model, main, form, own, bounds), "macs": macs}
+    record = {**about(model, main, form, own, bounds), "macs": macs}
     Path(folder, "about.json").write_text(json.dumps(record))
 
 
-def _about(model, main, form, own, bounds):
+def ready(images, pixels, input_range):
+    """Images as a module takes them -> as its model does."""
+    scale, offset = INPUT_RANGES[input_range]
+    return pixels.normalize(images * np.float32(scale) + np.float32(offset))
+
+
+def probe(size, input_range):
+    """A few images of noise, (n, h, w, 3) float32, as a module takes them."""
+    scale, offset = INPUT_RANGES[input_range]
+    images = np.random.default_rng(0).random((_PROBES, *size, 3), np.float32)
+    return (images * np.float32(255.0) - np.float32(offset)) / np.float32(scale)
+
+
+def penalties(model):
+    """The functions of no argument that a module keeps for each regularised weight."""
+
+    def penalty(variable):
+        loss = tf.function(lambda: variable.regularizer(variable.value), input_signature=[], autograph=False)
+        loss.get_concrete_function()
+        return loss
+
+    return [penalty(v) for v in model.trainable_variables if v.regularizer is not None]
+
+
+def about(model, main, form, own, bounds=None):
     """What a manifest and a card say of a module beside its files; a dict of what JSON holds."""
-    info = getattr(model, "weights_info", None) or {}
+    info, facts = getattr(model, "weights_info", None) or {}, getattr(model, "_facts", {})
     trainable = {id(v) for v in main.trainable_variables}
     return dict(
-        model=model.name, variant=getattr(model, "variant", None), family=getattr(model, "family", None),
+        model=facts.get("of", model.name), variant=getattr(model, "variant", None), family=getattr(model, "family", None),
         **dataclasses.asdict(form), output=TASKS[form.task], size=own,
         sizes=bounds and dict(zip(("smallest", "step", "largest"), bounds)),
-        shape=list(main.output_shape[1:]), parameters=main.count_params(),
+        shape=list(main.outputs[0].shape[1:]), parameters=main.count_params(),
         weights={k: v for k, v in info.items() if k != "stored"},
         variables=[dict(name=v.path, trainable=id(v) in trainable) for v in main.variables],
     )  # fmt: skip
 
 
-def _multiply_adds(model):
+def multiply_adds(model):
     """Of one image; None where a layer of another package does not say."""
     try:
         return cost(model).macs
@@ -177,7 +196,7 @@ def output(model, task, where):
                 "Export it with task='feature_vector' or 'tokens'."
             )
         return logits
-    rank, inside = (2, "head") if task == "feature_vector" else (3, "encoder_norm")
+    rank, inside = (3, "encoder_norm") if task == "tokens" else (2, "head")
     found = None
     if inside in names:
         found = zoo.tap_input(model, "head") if inside == "head" else zoo.tap(model, inside)
@@ -235,7 +254,7 @@ def _sized(images, smallest, step, largest):
     return _asserted(images, fits, message, size)
 
 
-def _checked(images, shape):
+def checked(images, shape):
     """Finite images of the shape, or InvalidArgumentError; a signature itself takes what it is given."""
     images = tf.ensure_shape(images, shape)
     finite = tf.reduce_all(tf.math.is_finite(images))
@@ -247,12 +266,12 @@ def _asserted(value, condition, *message):
         return tf.identity(value)
 
 
-def _with_dtype(model, policy):
+def with_dtype(model, policy):
     """A copy of a model, with its values, that computes in another type; preprocessing and classifier stay in float32."""
 
     def clone(layer):
         if isinstance(layer, keras.Model):
-            return _with_dtype(layer, policy)
+            return with_dtype(layer, policy)
         config = layer.get_config()
         return type(layer).from_config(config if layer.name in _FLOAT32 else {**config, "dtype": policy})
 

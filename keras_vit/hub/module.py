@@ -23,7 +23,7 @@ import tensorflow as tf
 
 from keras_vit.errors import ExportError
 from keras_vit.hub import card as cards
-from keras_vit.hub import graph, manifest
+from keras_vit.hub import graph, manifest, texts
 from keras_vit.hub.graph import Form
 from keras_vit.version import __version__
 
@@ -61,7 +61,10 @@ def export(model, path, *, task="classification", input_range="unit", dtype=None
         task: "classification" gives the logits (batch, classes) before their activation, the output of layer "head", or of
             "logits" where that is the mean of two heads; "feature_vector" what "head" reads, or the output of a model without
             it, (batch, width); "tokens" the sequence after the last norm (batch, n, width), a class token first where there is
-            one.
+            one. Of a LiT, "image_embedding" gives its image tower; "text_embedding" its text tower, a module that takes strings
+            (batch,), UTF-8, in the place of images, and has the signature "tokens" for who tokenizes by himself; "image_text"
+            both, a module that takes {"images", "texts"} and gives {"image_embeddings", "text_embeddings", "logits"}, the last
+            (images, texts), with the signatures "images" and "texts" for each alone.
         input_range: "unit" for [0, 1], the convention of TF-Hub; "minus1_1" for modules that replace one taking [-1, 1].
         dtype: the policy it computes in, "float32", "mixed_bfloat16" or "mixed_float16"; None for the model's own. Weights and
             head are float32 in each.
@@ -77,14 +80,15 @@ def export(model, path, *, task="classification", input_range="unit", dtype=None
     form, where = Form(task, input_range, dtype, image_size), f"hub.export to {path}"
     extra = card if isinstance(card, dict) else {}
     cards.check(extra, where)
-    graph.check(model, form, where)
+    model = texts.part(model, task)
+    _writer(form).check(model, form, where)
     target = _target(path)
     staging = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         staging = staging_folder(target)
         if keras.config.backend() == "tensorflow":
-            graph.write(model, staging, form)
+            _writer(form).write(model, staging, form)
         else:
             model.save(staging / "model.keras")
             command = ["-m", "keras_vit.hub.module", staging / "model.keras", staging, json.dumps(dataclasses.asdict(form))]
@@ -93,7 +97,7 @@ def export(model, path, *, task="classification", input_range="unit", dtype=None
         if card:
             cards.write(staging / "module", about, extra)
         manifest.write(staging / "module", about)
-        _verify(staging, path, low_precision=_low_precision(model, dtype))
+        _verify(staging, path, form, low_precision=_low_precision(model, dtype))
         place(staging / "module", target)
     except (OSError, tf.errors.OpError) as error:
         raise ExportError(
@@ -106,8 +110,13 @@ def export(model, path, *, task="classification", input_range="unit", dtype=None
     return target
 
 
+def _writer(form):
+    """The file that checks and writes modules of a form."""
+    return texts if form.task in texts.TASKS else graph
+
+
 def _low_precision(model, dtype):
-    return dtype != "float32" if dtype else any(layer.compute_dtype != "float32" for layer in model.layers)
+    return dtype != "float32" if dtype else any(layer.compute_dtype != "float32" for layer in model._flatten_layers())
 
 
 def check(path, images):
@@ -138,6 +147,18 @@ def _outputs(folder, images, named):
         _run(["-c", source, folder, given, taken, BATCH], "loading and calling it in another process", named)
         arrays = _arrays(taken)
     return [{way: arrays[f"{way}_{i}"] for way in ("load", "keras_layer")} for i in range(len(images))]
+
+
+def _outputs_of_texts(folder, probe, named):
+    """[{"load": output, "keras_layer": output}] for each output of a module that takes texts, in the order of the probe."""
+    with tempfile.TemporaryDirectory() as between:
+        given, taken = Path(between, "inputs.npz"), Path(between, "outputs.npz")
+        names = [name.removeprefix("output_") for name in probe if name.startswith("output_")]
+        np.savez(given, **{name: value for name, value in probe.items() if not name.startswith("output_")})
+        source = f"{inspect.getsource(texts.as_a_stranger)}\nimport sys\nas_a_stranger(*sys.argv[1:])"
+        _run(["-c", source, folder, given, taken], "loading and calling it in another process", named)
+        arrays = _arrays(taken)
+    return [{way: arrays[f"{way}_{name}"] for way in ("load", "keras_layer")} for name in names]
 
 
 def _as_a_stranger(path, given, taken, batch):
@@ -175,11 +196,16 @@ def _target(path):
     return target
 
 
-def _verify(folder, path, low_precision):
+def _verify(folder, path, form, low_precision):
     probe = _arrays(folder / "probe.npz")
-    sizes = range(len(probe) // 2)
-    found = _outputs(folder / "module", [probe[f"images_{i}"] for i in sizes], path)
-    for expected, outputs in zip([probe[f"outputs_{i}"] for i in sizes], found):
+    if form.task in texts.TASKS:
+        wanted = [value for name, value in probe.items() if name.startswith("output_")]
+        found = _outputs_of_texts(folder / "module", probe, path)
+    else:
+        sizes = range(len(probe) // 2)
+        wanted = [probe[f"outputs_{i}"] for i in sizes]
+        found = _outputs(folder / "module", [probe[f"images_{i}"] for i in sizes], path)
+    for expected, outputs in zip(wanted, found):
         tolerance = (2e-2 if low_precision else 1e-5) * max(1.0, float(np.max(np.abs(expected))))
         for way, got in outputs.items():
             difference = float(np.max(np.abs(got - expected)))
@@ -264,4 +290,5 @@ def _arrays(file):
 
 if __name__ == "__main__":
     source, folder, form = sys.argv[1:]
-    graph.write(keras.saving.load_model(source, compile=False), Path(folder), Form(**json.loads(form)))
+    form = Form(**json.loads(form))
+    _writer(form).write(keras.saving.load_model(source, compile=False), Path(folder), form)

@@ -4,7 +4,6 @@ Weights: google-research/vision_transformer (`gs://vit_models/lit`), with the wi
 BERT (arXiv 1810.04805, as google/flaxformer has it) and a plain transformer.
 """
 
-import importlib
 import math
 import numbers
 import pathlib
@@ -14,11 +13,13 @@ import numpy as np
 from keras import ops
 
 from keras_vit import errors
-from keras_vit.checkpoints import adapt, fetch, load
+from keras_vit.checkpoints import adapt, load
 from keras_vit.checkpoints.dialects import flax
 from keras_vit.checkpoints.names import Names, rule, within
 from keras_vit.checkpoints.transforms import Part, Turned, Wrapped
 from keras_vit.checkpoints.weights import google
+from keras_vit.data.pixels import Pixels
+from keras_vit.data.text import Tokenizer, from_dict, open_tokenizer
 from keras_vit.layers import MLP, Attention, Block, ClassToken
 from keras_vit.layers.taps import check_tap
 from keras_vit.models import vit
@@ -85,11 +86,11 @@ class PostNormBlock(keras.layers.Layer):
     def __init__(self, heads, mlp, dropout_rate=0.0, epsilon=1e-12, **kwargs):
         super().__init__(**kwargs)
         self.heads, self.mlp_width, self.dropout_rate, self.epsilon = heads, mlp, dropout_rate, epsilon
-        dtype, stddev = self.dtype_policy, 0.02
-        self.attention = Attention(heads, kernel_stddev=stddev, dtype=dtype, name="attention")
+        dtype = self.dtype_policy
+        self.attention = Attention(heads, dtype=dtype, name="attention")
         self.dropout = keras.layers.Dropout(dropout_rate, dtype=dtype, name="dropout")
         self.attention_norm = keras.layers.LayerNormalization(epsilon=epsilon, dtype=dtype, name="attention_norm")
-        self.mlp = MLP(mlp, dropout_rate, kernel_stddev=stddev, dtype=dtype, name="mlp")
+        self.mlp = MLP(mlp, dropout_rate, dtype=dtype, name="mlp")
         self.mlp_norm = keras.layers.LayerNormalization(epsilon=epsilon, dtype=dtype, name="mlp_norm")
 
     def get_config(self):
@@ -214,7 +215,8 @@ class LiTModel(Model):
 
     @property
     def temperature(self):
-        value = float(np.exp(load.to_numpy(self._similarity("temperature").t)[0], dtype="float32"))
+        with np.errstate(over="ignore"):
+            value = float(np.exp(load.to_numpy(self._similarity("temperature").t)[0], dtype="float32"))
         if not math.isfinite(value):
             raise errors.NonFiniteError(
                 f"{self.name!r}: its temperature, the exponential of its weight t, is {value}; load intact weights, or set "
@@ -227,6 +229,12 @@ class LiTModel(Model):
         if not isinstance(value, numbers.Real) or not 0 < value < 1e30:
             raise errors.ArgumentError(f"{self.name!r}: expected a finite temperature above 0, such as 100, got {value!r}.")
         self._similarity("temperature").t.assign([math.log(value)])
+
+    def __setattr__(self, name, value):
+        if name == "temperature":  # Keras would read what is replaced, which a temperature that is not finite refuses
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     @property
     def bias(self):
@@ -294,7 +302,7 @@ class LiTModel(Model):
         super().remember(**facts)
         for name in ("image_tower", "text_tower"):
             if self._part(name) is not None:
-                self._part(name).remember(**{**self._facts, "outside": [], "under": f"{name}/"})
+                self._part(name).remember(**{**self._facts, "outside": [], "under": f"{name}/", "of": self.name})
 
     def _part(self, name):
         return next((layer for layer in self.layers if layer.name == name), None)
@@ -308,17 +316,13 @@ class LiTModel(Model):
         return self._needed("similarity", asked)
 
 
-def _texts():
-    return importlib.import_module("keras_vit.data.text")
-
-
 def _tokenizer(model):
     """The tokenizer of a model's facts, made once."""
     record = model._facts.get("tokenizer")
     if record is None:
         return None
     if getattr(model, "_made_tokenizer", (None, None))[0] is not record:
-        object.__setattr__(model, "_made_tokenizer", (record, _texts().from_dict(record)))
+        object.__setattr__(model, "_made_tokenizer", (record, from_dict(record)))
     return model._made_tokenizer[1]
 
 
@@ -469,22 +473,19 @@ def _transformer(tokens, vocabulary_size, width, depth, heads, mlp, positions, d
 
 def open_vocabulary(top, name, vocabulary, text_model, vocabulary_size, length):
     """The tokenizer of a text tower: of what the caller gave, else of what was published with the weights, else None."""
-    record = top.record
-    if vocabulary is None and record is not None:
-        vocabulary = record.vocabulary
+    if vocabulary is None and top.record is not None:
+        vocabulary = top.record.vocabulary
     if vocabulary is None:
         return None
-    if hasattr(vocabulary, "to_dict"):
-        tokenizer = vocabulary
-    else:
-        fetched = fetch.fetch(WORDS if vocabulary == "words" else vocabulary)
-        tokenizer = _texts().open_tokenizer(fetched.path, length=length, sha256=fetched.sha256)
+    tokenizer = vocabulary
+    if not isinstance(vocabulary, Tokenizer):
+        tokenizer = open_tokenizer(WORDS if vocabulary == "words" else vocabulary, length=length)
     fits = dict(kind="wordpiece" if text_model == "bert" else None, vocabulary_size=vocabulary_size, length=length)
     for what, expected in fits.items():
         if expected is not None and getattr(tokenizer, what) != expected:
             raise errors.ArgumentError(
-                f"{name}: expected a vocabulary of {what.replace('_', ' ')} {expected}, got {getattr(tokenizer, what)} from "
-                f"{vocabulary}; it belongs to another model. Give the one that was published with the weights."
+                f"{name}: expected a vocabulary of {what.replace('_', ' ')} {expected}, got {getattr(tokenizer, what)}; "
+                "it belongs to another model. Give the one that was published with the weights."
             )
     return tokenizer
 
@@ -615,6 +616,7 @@ def _written(model):
     return f"linen-{kind}"
 
 
+PIXELS = Pixels(whole=True)  # preprocess.py of the original
 FAMILY = Family(
     "LiT",
     layouts=_layouts(),
@@ -622,6 +624,7 @@ FAMILY = Family(
     grid=_grid,
     sizes=_sizes,
     written=_written,
+    pixels=PIXELS,
     classifies=False,
 )
 
@@ -632,10 +635,38 @@ PLAIN_S = dict(text_model="transformer", text_width=384, text_depth=12, text_hea
 PLAIN_TI = dict(text_model="transformer", text_width=192, text_depth=12, text_heads=3, text_mlp=768, vocabulary_size=16_000)
 
 
+CARD = """The model card of google-research/vision_transformer (model_cards/lit.md) says of these models:
+
+- No deployment, commercial or not, is within their scope. Whoever uses them in a closed setting should first test them in depth
+  on that very task and its labels.
+- They know English alone; texts in other languages mostly fail.
+- They were started from an AugReg ViT (ImageNet-21k) and, those with a BERT, from one trained on BookCorpus and the English
+  Wikipedia, and tuned on images with captions of CC12M and YFCC100M. Pictures of people are among all of these images.
+- Nobody has examined their biases and their fairness. Biases of that data are to be expected in embeddings and predictions, as
+  others found them in a model of the same kind, CLIP (arXiv 2103.00020, section 7): of gender, age and skin colour. Such a model
+  can also be turned to coarse surveillance.
+
+The card states no licence of its own; that of its repository is Apache-2.0.
+"""
+# Of the card: zero-shot accuracy in percent, and share of captions, or images, found first, on MS-COCO
+_MEASURES = ("ImageNet", "CIFAR-100", "Oxford-IIIT Pets", "RESISC45", "MS-COCO image to text", "MS-COCO text to image")
+_FIGURES = {
+    "LiT-B16B": (72.1, 79.7, 81.1, 26.7, 49.3, 31.2), "LiT-B16B_2": (73.9, 79.0, 83.3, 25.3, 51.6, 31.8),
+    "LiT-L16L": (75.7, 80.5, 83.3, 25.6, 48.5, 31.1),
+}  # fmt: skip
+
+
+def _card(name):
+    if name not in _FIGURES:
+        return f"{CARD}\nIt gives no figures of {name}.\n"
+    figures = ", ".join(f"{measure} {value} %" for measure, value in zip(_MEASURES, _FIGURES[name]))
+    return f"{CARD}\nIts figures for {name}, without a training example: {figures}.\n"
+
+
 def _released(name, vocabulary):
     """What rows have of the file of a model, and of the vocabulary beside it, that it was trained with."""
     source = f"gs://vit_models/lit/{name}.{vocabulary}"
-    record = google(f"lit/{name}", classes=None, activation=None, vocabulary=source)
+    record = google(f"lit/{name}", classes=None, activation=None, pixels=PIXELS, vocabulary=source, card=_card(name))
     return dict(weights={"lit": record}, upstream=(name,), default="lit", patch_size=16)
 
 
