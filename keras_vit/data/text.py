@@ -24,7 +24,7 @@ from keras_vit.checkpoints import fetch
 
 LENGTH = 16  # tokens, of all published LiT models
 MAX_BYTES = 2**24  # of a vocabulary file; those of BERT have 0.2 MB, of SentencePiece 0.3 to 5 MB
-MAX_PIECES, MAX_PIECE = 2**20, 256  # and characters in one
+MAX_CHARACTERS, MAX_PIECE = 2**21, 128  # of all pieces or words, and of one piece
 _MAX_NODES, _MAX_RULE = 2**20, 256  # of a normaliser's rules, and bytes in one; nmt_nfkc has NNN
 _WORD_BYTES = 100  # of UTF-8, above which WordPiece does not look into a word
 _UNKNOWN_PENALTY = 10.0  # of an unknown character below the worst piece, in log probability
@@ -185,8 +185,8 @@ class WordPiece(Tokenizer):
             lines = self._data.decode().split("\n")
         except UnicodeDecodeError as error:
             raise _malformed(name, "text in UTF-8", f"byte {error.start} that is none") from error
-        if len(lines) > MAX_PIECES:
-            raise _malformed(name, f"at most {MAX_PIECES:,} words", f"{len(lines):,}")
+        if sum(map(len, lines)) > MAX_CHARACTERS:
+            raise _malformed(name, f"words of at most {MAX_CHARACTERS:,} characters in all", "more")
         words = [line.removesuffix("\r") for line in (lines[:-1] if not lines[-1] else lines)]
         self._ids = {}
         for number, word in enumerate(words):
@@ -280,12 +280,12 @@ class SentencePiece(Tokenizer):
             if message.get(field, [default])[-1] != default:
                 raise ValueError(f"a model {meaning}, which is not supported")
         self._prefix, self._tidy = (bool(normalizer.get(field, [1])[-1]) for field in (3, 4))
-        if len(model.get(1, ())) > MAX_PIECES:
-            raise ValueError(f"more than {MAX_PIECES:,} pieces")
         pieces = [_message(_blob(piece)) for piece in model.get(1, ())]
-        names = [_blob(piece[1][-1]).decode() for piece in pieces]
+        names = [_blob(piece.get(1, [b""])[-1]).decode() for piece in pieces]
         kinds = [piece.get(3, [1])[-1] for piece in pieces]
         scores = np.array([struct.unpack("<f", _blob(piece.get(2, [bytes(4)])[-1]))[0] for piece in pieces], np.float32)
+        if sum(map(len, names)) > MAX_CHARACTERS:
+            raise ValueError(f"pieces of more than {MAX_CHARACTERS:,} characters in all")
         if len(set(names)) < len(names) or not all(0 < len(piece) <= MAX_PIECE for piece in names):
             raise ValueError(f"pieces that are there twice, empty, or longer than {MAX_PIECE} characters")
         if kinds.count(_UNKNOWN) != 1 or _NORMAL not in kinds or max(kinds) > _UNUSED:
@@ -308,7 +308,7 @@ class SentencePiece(Tokenizer):
                 self._scores[number] = float(np.float32(len(piece.encode())) * best) - 0.1
         self._scores = self._scores.tolist()
         self._ids = {piece: number for number, (piece, kind) in enumerate(zip(names, kinds)) if kind in (_NORMAL, _OWN)}
-        self._longest = max(map(len, self._ids))
+        self._starts = {piece[:end]: -1 for piece in self._ids for end in range(1, len(piece))} | self._ids
         rules = _charsmap(b"".join(_blob(part) for part in normalizer.get(2, [b""])[-1:]))
         self._rules, self._own = rules, own
         self._reach = {}  # the longest rule or own symbol by its first character
@@ -334,16 +334,18 @@ class SentencePiece(Tokenizer):
         best, steps = array.array("f", [-math.inf] * (len(text) + 1)), [0] * (len(text) + 1)
         best[0] = 0.0
         for i in range(len(text)):
-            for step in range(1, min(self._longest, len(text) - i) + 1):
-                piece = self._ids.get(text[i : i + step])
-                if piece is not None:
+            for step in range(1, len(text) - i + 1):
+                piece = self._starts.get(text[i : i + step])
+                if piece is not None and piece >= 0:
                     score = self._scores[piece] + best[i]
+                    if score > best[i + step]:
+                        best[i + step], steps[i + step] = score, step
                 elif step == 1:
                     score = float(np.float32(self._unknown_score + np.float32(best[i])))
-                else:
-                    continue
-                if score > best[i + step]:
-                    best[i + step], steps[i + step] = score, step
+                    if score > best[i + 1]:
+                        best[i + 1], steps[i + 1] = score, 1
+                if piece is None:
+                    break
         found, end = [], len(text)
         while end:
             piece = self._ids.get(text[end - steps[end] : end], self._unknown)

@@ -161,19 +161,19 @@ class UnigramGraph:
         """(b,) string -> (b, length) int32."""
         codes, splits = _decoded(texts)
         codes, splits = self._spaced(*self._rules(codes, splits), splits[1:] > splits[:-1])
-        pieces = tf.stack(self._pieces.matches(codes, tf.gather(splits, _rows(splits) + 1)), 1)
-        pieces = tf.RaggedTensor.from_row_splits(pieces, splits, validate=False).to_tensor(-1)
-        pieces = tf.pad(pieces, [[0, 0], [0, 1], [0, 0]], constant_values=-1)  # (b, n, longest), n at least 1
-        b, n = tf.shape(pieces)[0], tf.shape(pieces)[1]
-        steps = self._best(pieces)
+        pieces = tf.stack(self._pieces.matches(codes, tf.gather(splits, _rows(splits) + 1)), 1)  # (n, longest)
+        pieces = tf.concat([pieces, tf.fill([1, pieces.shape[1]], -1)], 0)  # the last for places behind the end of a row
+        b, n = tf.size(splits) - 1, tf.reduce_max(tf.concat([splits[1:] - splits[:-1], [1]], 0))
+        steps = self._best(pieces, splits, n)
         # Back from the end of each text, over b * (n + 1) places between characters
         before = tf.range(1, n + 1) - steps
         jump = tf.concat([tf.zeros([b, 1], tf.int32), before], 1) + tf.range(b)[:, None] * (n + 1)
         ends = tf.range(n + 1) == (splits[1:] - splits[:-1])[:, None]
         reached = tf.reshape(_reached(tf.reshape(ends, [-1]), tf.reshape(jump, [-1])), [b, n + 1])[:, 1:]
-        tokens = tf.gather(tf.gather(pieces, before, batch_dims=1), steps - 1, batch_dims=2)
+        row = tf.cast(tf.where(reached)[:, 0], tf.int32)
+        begin = tf.boolean_mask(before, reached) + tf.gather(splits, row)
+        tokens = tf.gather_nd(pieces, tf.stack([begin, tf.boolean_mask(steps, reached) - 1], 1))
         tokens = tf.where(tokens < 0, self._unknown, tokens)
-        tokens, row = tf.boolean_mask(tokens, reached), tf.cast(tf.where(reached)[:, 0], tf.int32)
         again = (tokens[1:] == self._unknown) & (tokens[:-1] == self._unknown) & (row[1:] == row[:-1])
         splits = tf.searchsorted(row, tf.range(b + 1))
         keep = tf.concat([tf.ones_like(row[:1], tf.bool), ~again], 0)
@@ -198,14 +198,15 @@ class UnigramGraph:
             codes, splits = _kept(codes, splits, places < tf.gather(ends, rows))
         return codes, splits
 
-    def _best(self, pieces):
-        """(b, n, longest) -> (b, n): of the best split of a text up to each character, the length of the last piece."""
-        b, n, longest = tf.shape(pieces)[0], tf.shape(pieces)[1], pieces.shape[2]
+    def _best(self, pieces, splits, n):
+        """(b, n): of the best split of each text up to each of its characters, the length of the last piece."""
+        b, longest = tf.size(splits) - 1, pieces.shape[1]
         least = tf.fill([b, 1], np.float32(-np.inf))
 
         def advance(i, now, best, steps, found):
             """`now` (b,) is the score up to character i; `best`, `steps` (b, longest) up to those after it, as far as known."""
-            here = pieces[:, i]
+            here = splits[:-1] + i
+            here = tf.gather(pieces, tf.where(here < splits[1:], here, splits[-1]))
             score = tf.gather(self._scores, tf.maximum(here, 0)) + tf.cast(now, tf.float64)[:, None]
             better = (here >= 0) & (score > tf.cast(best, tf.float64))
             best = tf.where(better, tf.cast(score, tf.float32), best)
