@@ -64,19 +64,20 @@ def chromium():
     return next(filter(None, map(shutil.which, BROWSERS)), None)
 
 
-@contextlib.contextmanager
-def browsing(*flags):
-    """Yields a headless Chromium of playwright, in which no other host than this machine has an address."""
-    from playwright.sync_api import sync_playwright
-
+def launch(kind, *flags):
+    """A headless browser of playwright's `kind`, in which no other host than this machine has an address."""
     alone = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
     sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []  # which Chromium's sandbox refuses
-    with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=chromium(), args=[alone, *sandbox, *flags])
-        try:
-            yield browser
-        finally:
-            browser.close()
+    return kind.launch(executable_path=chromium(), args=[alone, *sandbox, *flags])
+
+
+@contextlib.contextmanager
+def browsing(*flags):
+    """Yields a Chromium; see `launch`."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver, launch(driver.chromium, *flags) as browser:
+        yield browser
 
 
 def opened(context, url):
@@ -124,14 +125,16 @@ _TYPE = """async (label) => {
 
 
 def photograph(browser, url, folder):
-    """Writes web.png, light and wide, and web_phone.png, dark and of a phone's width."""
+    """Writes web.png, light and wide, and web_phone.png, dark and of a phone's width, down to the end of the results."""
     from PIL import Image
 
     for name, size, scheme in (("web.png", WIDE, "light"), ("web_phone.png", PHONE, "dark")):
         context = browser.new_context(viewport=size, color_scheme=scheme, reduced_motion="reduce")
         page = opened(context, url)
         page.get_by_text("Ready, also without a network.").wait_for(timeout=60_000)
-        picture = Image.open(io.BytesIO(page.screenshot(full_page=name == "web_phone.png")))
+        box = page.locator("main > section").nth(1).bounding_box()
+        clip = dict(x=0, y=0, width=size["width"], height=box["y"] + box["height"] + 16)
+        picture = Image.open(io.BytesIO(page.screenshot(full_page=True, clip=clip)))
         picture.convert("RGB").quantize(128, dither=Image.Dither.NONE).save(Path(folder, name), optimize=True)
         context.close()
 

@@ -52,8 +52,8 @@ LIMITS = (
     "what else there may be.",
     "It reads {length} tokens of a label, about that many short words, and nothing that follows them.",
     "It counts badly, hardly reads writing, and mistakes left for right and “no dogs” for dogs.",
-    "It knows what its training pictures and captions showed, mostly from the English-speaking web, with the mistakes and "
-    "prejudices that people have put there. It errs more about people, places and customs that are rare in them.",
+    "It knows what its training pictures and captions showed. Those of the published models are from the web, mostly in English, "
+    "with the mistakes and prejudices of people: expect more errors about persons, places and customs that are rare there.",
     "Do not use it to judge people, to tell who or of what group somebody is, or where an error does harm. The authors of LiT "
     "made their models for research; any other use is outside what they tested.",
 )
@@ -292,12 +292,11 @@ def _samples(samples, licences):
             "https://doi.org/10.24432/C50P49, CC BY 4.0; here as scikit-learn brings them, brightened to 0..255.\n",
             encoding="utf-8",
         )
-        seen = set()
+        found = {}
         for index in range(source.num_examples):
             image, label = source.read(index)
-            if int(label) not in seen:
-                seen.add(int(label))
-                yield f"handwritten digit, number {len(seen)}", image.numpy()
+            found.setdefault(int(label), image.numpy())
+        yield from ((f"handwritten digit {label}", found[label]) for label in sorted(found))
     else:
         folder = Path(samples).expanduser()
         paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in pipeline.ENDINGS)[:SAMPLES]

@@ -43,6 +43,7 @@ async function provider() {
 
 async function open(provider, program, contents) {
   ort = await import(address(model.runtimes[provider].script));
+  ort.env.logLevel = "error";
   Object.assign(ort.env.wasm, { numThreads: 1, proxy: false, wasmBinary: program.buffer });
   const opened = { provider };
   for (const [tower, content] of Object.entries(contents)) {
