@@ -2,7 +2,7 @@
 
 import { parseLabels, probabilities, prompted } from "./scores.js";
 
-const MOST_LABELS = 1000, MOST_ROWS = 12, MOST_PIXELS = 64_000_000;
+const MOST_LABELS = 1000, MOST_ROWS = 12, MOST_KEPT = 10_000, MOST_PIXELS = 64_000_000;
 const BATCH = 64; // texts that are encoded at once, so that newer ones need not wait for long
 const TYPING = 120, SPEAKING = 800; // milliseconds of rest before labels are encoded, and before a result is read out
 const TINY = 64; // pixels of a side below which a picture is shown with its pixels sharp
@@ -70,9 +70,12 @@ function later(work, milliseconds) {
   };
 }
 
-async function update() {
+const update = () => result().catch((error) => complain(`The labels cannot be compared: ${error.message}`));
+
+async function result() {
   if (!model) return;
   const turn = ++newest;
+  if (texts.size > MOST_KEPT) texts.clear();
   at("results").setAttribute("aria-busy", true);
   const { labels, left } = parseLabels(at("labels").value, MOST_LABELS);
   const template = at("prompt").value;
@@ -128,8 +131,7 @@ function show(labels, encoded) {
 function newRow(label) {
   const bar = element("span");
   bar.className = "bar";
-  const [name, value] = [element("span", label, []), element("span")];
-  name.append(element("small"));
+  const [name, value] = [element("span", label, [element("small")]), element("span")];
   [name.className, value.className] = ["name", "value"];
   const text = element("span", "", [name, value]);
   text.className = "text";
@@ -155,7 +157,6 @@ async function embed(source) {
     throw new RangeError(`It has more than ${MOST_PIXELS.toLocaleString("en")} pixels.`);
   }
   const { width, height } = bitmap;
-  await started;
   const found = await ask("image", bitmap, [bitmap]);
   return { ...found, width, height };
 }
@@ -163,8 +164,9 @@ async function embed(source) {
 async function look(source, name) {
   const turn = ++pictures;
   at("results").setAttribute("aria-busy", true);
-  await stopCamera();
+  stopCamera();
   complain();
+  if (!(await started.catch(() => null))) return; // which has been said
   let blob, found;
   try {
     blob = await source;
@@ -196,24 +198,38 @@ function embedded({ embedding, milliseconds }) {
   fact("Last picture", `${milliseconds.toFixed(1)} ms, from its pixels to its embedding`);
 }
 
-let stream = null;
+let stream = null, asking = false; // whether the reader is being asked for the camera
 
 async function startCamera() {
+  if (asking) return;
+  const turn = ++pictures;
   complain();
+  asking = true;
   try {
-    stream = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" }, audio: false });
+    const mine = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" }, audio: false });
+    stream = mine;
+    at("video").srcObject = stream;
+    await at("video").play();
+    if (turn !== pictures || !(await started.catch(() => null))) return stopCamera();
+    pressed(true);
+    for (const button of at("samples").children) button.setAttribute("aria-pressed", "false");
+    watch(mine).catch((error) => {
+      if (stream === mine) stopCamera();
+      complain(`The camera has ended: ${error.message}`);
+    });
   } catch (error) {
-    complain(`The camera cannot be used: ${error.message}.`);
-    return;
+    stopCamera();
+    complain(`The camera cannot be used: ${error.message}`);
+  } finally {
+    asking = false;
   }
-  const video = at("video"), mine = stream;
-  pictures++;
-  video.srcObject = stream;
-  await video.play();
-  pressed(true);
-  for (const button of at("samples").children) button.setAttribute("aria-pressed", "false");
+}
+
+async function watch(mine) {
   while (stream === mine) {
-    embedded(await embed(video));
+    const found = await embed(at("video"));
+    if (stream !== mine) return;
+    embedded(found);
     await update();
     await new Promise((resolve) => setTimeout(resolve, 50)); // leaves the device some rest
   }
@@ -227,15 +243,18 @@ function pressed(on) {
   at("empty").hidden = on || Boolean(at("picture").src);
 }
 
-// Ends the camera; gives the last thing that it saw.
-async function stopCamera() {
-  if (!stream) return null;
+function stopCamera() {
+  if (!stream) return;
+  for (const track of stream.getTracks()) track.stop();
+  stream = at("video").srcObject = null;
+  pressed(false);
+}
+
+// The last thing that the camera saw, as a picture.
+function lastFrame() {
   const video = at("video"), canvas = document.createElement("canvas");
   [canvas.width, canvas.height] = [video.videoWidth, video.videoHeight];
   canvas.getContext("2d").drawImage(video, 0, 0);
-  for (const track of stream.getTracks()) track.stop();
-  stream = video.srcObject = null;
-  pressed(false);
   return new Promise((resolve) => canvas.toBlob(resolve));
 }
 
@@ -303,11 +322,7 @@ at("file").addEventListener("change", () => {
   if (file) look(file, file.name);
   at("file").value = ""; // so that the same file can be chosen again
 });
-at("camera").addEventListener("click", async () => {
-  if (!stream) return startCamera();
-  const last = await stopCamera();
-  return last && look(last, "Picture of the camera");
-});
+at("camera").addEventListener("click", () => (stream ? look(lastFrame(), "Picture of the camera") : startCamera()));
 if (!navigator.mediaDevices?.getUserMedia) {
   at("camera").disabled = true;
   at("camera").title = "Browsers give a page the camera only over https:// or on this machine itself.";
