@@ -259,11 +259,24 @@ def run_vit_resize(case):
     return run_vit(case)
 
 
+def run_texts(case):
+    """Tokens, by Python and by TensorFlow's operations."""
+    from keras_vit.data import text
+
+    if "vocab" in case.meta:
+        tokenizer = text.WordPiece("\n".join(case.meta["vocab"]).encode(), length=case.meta["max_len"])
+    else:
+        tokenizer = text.open_tokenizer(case.folder / "sentencepiece.model", length=case.meta["max_len"])
+    for tokens in (tokenizer(case.meta["texts"]), tokenizer.in_graph(case.meta["texts"]).numpy()):
+        case.compare("tokens", tokens, 0)
+    return list(case.expected)
+
+
 def run_preprocess(case):
     from keras_vit.data import ops, pipeline
 
-    if "items" not in case.meta:
-        raise Unknown("preprocessing of texts")
+    if "texts" in case.meta:
+        return run_texts(case)
     if all(set(item) == {"name", "size"} for item in case.meta["items"]):
         for item in case.meta["items"]:
             image = pipeline.eval_image(case.inputs[item["name"]], item["size"], Pixels())

@@ -25,7 +25,7 @@ from keras_vit.checkpoints import fetch
 LENGTH = 16  # tokens, of all published LiT models
 MAX_BYTES = 2**24  # of a vocabulary file; those of BERT have 0.2 MB, of SentencePiece 0.3 to 5 MB
 MAX_CHARACTERS, MAX_PIECE = 2**21, 128  # of all pieces or words, and of one piece
-_MAX_NODES, _MAX_RULE = 2**20, 256  # of a normaliser's rules, and bytes in one; nmt_nfkc has NNN
+_MAX_NODES, _MAX_RULE = 2**20, 256  # of a normaliser's rules, and bytes in one; nmt_nfkc has 262,842 and 33
 _WORD_BYTES = 100  # of UTF-8, above which WordPiece does not look into a word
 _UNKNOWN_PENALTY = 10.0  # of an unknown character below the worst piece, in log probability
 _NORMAL, _UNKNOWN, _CONTROL, _OWN, _UNUSED = range(1, 6)  # kinds of pieces of SentencePiece; 6 is a byte
@@ -63,7 +63,8 @@ def open_tokenizer(source, *, length=LENGTH, sha256=None):
         errors.DownloadError, errors.IntegrityError, errors.CacheError: see `keras_vit.checkpoints.fetch.fetch`.
         errors.CheckpointFormatError: the file holds no vocabulary of that kind.
     """
-    suffix = pathlib.PurePosixPath(str(source).partition("@")[0]).suffix.lower()
+    path = str(source)
+    suffix = pathlib.PurePosixPath(path.partition("@")[0] if path.startswith("hf://") else path).suffix.lower()
     made = {".txt": WordPiece, ".model": SentencePiece}.get(suffix)
     if made is None:
         raise errors.ArgumentError(
@@ -266,7 +267,7 @@ class SentencePiece(Tokenizer):
     def _read(self, name):
         try:
             self._parse(_message(self._data))
-        except (ValueError, TypeError, IndexError, struct.error, UnicodeDecodeError, OverflowError) as error:
+        except (ValueError, TypeError, struct.error) as error:
             raise _malformed(name, "a unigram model of SentencePiece", str(error)) from error
 
     def _parse(self, model):
@@ -309,10 +310,9 @@ class SentencePiece(Tokenizer):
         self._scores = self._scores.tolist()
         self._ids = {piece: number for number, (piece, kind) in enumerate(zip(names, kinds)) if kind in (_NORMAL, _OWN)}
         self._starts = {piece[:end]: -1 for piece in self._ids for end in range(1, len(piece))} | self._ids
-        rules = _charsmap(b"".join(_blob(part) for part in normalizer.get(2, [b""])[-1:]))
-        self._rules, self._own = rules, own
+        self._rules, self._own = _charsmap(_blob(normalizer.get(2, [b""])[-1])), own
         self._reach = {}  # the longest rule or own symbol by its first character
-        for key in (*rules, *own):
+        for key in (*self._rules, *own):
             self._reach[key[0]] = max(self._reach.get(key[0], 0), len(key))
 
     def _closed(self, tokens):
@@ -330,7 +330,9 @@ class SentencePiece(Tokenizer):
 
     def _tokens(self, text):
         text = self._normalized(text)
-        # best[i] is the log probability, in float32, of the best split of text[:i]; steps[i] the length of its last piece
+        # best[i] is the log probability of the best split of text[:i], steps[i] the length of its last piece. Of equal splits the
+        # one found first stays, and sums are rounded to float32, or not, where the original does it (EncodeOptimized in its
+        # unigram_model.cc), since rounding decides between the many ways to split a long run of one character.
         best, steps = array.array("f", [-math.inf] * (len(text) + 1)), [0] * (len(text) + 1)
         best[0] = 0.0
         for i in range(len(text)):
@@ -444,6 +446,8 @@ def _message(data):
         nonlocal place
         value = 0
         for shift in range(0, 70, 7):
+            if place >= len(data):
+                raise ValueError("a number that is cut off")
             byte = data[place]
             place += 1
             value |= (byte & 0x7F) << shift
@@ -489,10 +493,13 @@ def _charsmap(data):
         label = int(units[node] & 255)
         children.setdefault(node ^ label, []).append((label, node))
     units, rules, nodes = units.tolist(), {}, [(0, b"")]
-    for node, key in nodes:
+    for node, key in nodes:  # which grows meanwhile
         if units[node] >> 8 & 1:
-            begin = units[bases[node]] & 0x7FFFFFFF
-            rules[key.decode()] = texts[begin : texts.index(0, begin, begin + _MAX_RULE)].decode()
+            begin = units[bases[node]] & 0x7FFFFFFF if bases[node] < len(units) else len(texts)
+            end = texts.find(0, begin, begin + _MAX_RULE)
+            if end < 0:
+                raise ValueError("rules of the normaliser that lead outside")
+            rules[key.decode()] = texts[begin:end].decode()
         nodes += [(child, key + bytes([label])) for label, child in children.get(bases[node], ())]
         if len(nodes) > _MAX_NODES or len(key) > _MAX_RULE:
             raise ValueError(f"rules of the normaliser with more than {_MAX_NODES:,} nodes, or {_MAX_RULE} bytes in one")

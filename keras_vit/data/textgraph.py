@@ -48,14 +48,15 @@ class Trie:
             ends: for each place, that at which its match must have ended.
             state: where to begin, for all places or each.
         """
+        keys, states, values = map(tf.constant, (self._keys, self._states, self._values))  # once in a graph
         places, last, found = tf.range(tf.size(codes)), tf.size(codes) - 1, []
         state = tf.zeros_like(codes) + state
         for step in range(self._depth):
             key = tf.cast(state, tf.int64) * _CODES + tf.cast(tf.gather(codes, tf.minimum(places + step, last)), tf.int64)
-            edge = tf.minimum(tf.searchsorted(tf.constant(self._keys), key), len(self._keys) - 1)
-            met = (places + step < ends) & (tf.gather(self._keys, edge) == key)
-            state = tf.where(met, tf.gather(self._states, edge), -1)
-            found.append(tf.where(met, tf.gather(self._values, tf.maximum(state, 0)), -1))
+            edge = tf.minimum(tf.searchsorted(keys, key), len(self._keys) - 1)
+            met = (places + step < ends) & (tf.gather(keys, edge) == key)
+            state = tf.where(met, tf.gather(states, edge), -1)
+            found.append(tf.where(met, tf.gather(values, tf.maximum(state, 0)), -1))
         return found
 
     def longest(self, codes, ends, state=0):
