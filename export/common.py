@@ -167,6 +167,11 @@ def unit(images):
     return np.asarray(images, np.float32) / np.float32(255.0)
 
 
+def image_model(model):
+    """The part of a model that takes images alone: the image tower of a LiT, any other model as it is."""
+    return getattr(model, "image_tower", None) or model
+
+
 def logits_model(model):
     """The model up to its logits, before their activation; the model itself where it has no head."""
     logits = zoo.logits(model)

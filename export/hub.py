@@ -22,9 +22,9 @@ import keras_vit
 from export import common
 from keras_vit import errors
 from keras_vit.checkpoints import fetch, files
-from keras_vit.hub import graph
+from keras_vit.hub import graph, texts
 
-TASKS = ("classification", "feature_vector", "tokens")
+TASKS = tuple(graph.TASKS)
 LEVEL = 1  # of gzip: weights hardly shrink, whatever it tries
 
 
@@ -111,6 +111,13 @@ def main(argv=None):
     if options.archive:
         packed = path.with_name(f"{path.name}.tar.gz")
         archive(path, packed)
+    if options.task in texts.TASKS:  # checked by `export` on texts; there are no images whose rate could be told
+        common.report(
+            path, model, task=options.task, digest=keras_vit.hub.digest(path), archive=packed and str(packed),
+            archive_bytes=packed and packed.stat().st_size, as_json=options.json,
+        )  # fmt: skip
+        return 0
+    model = common.image_model(model)
     module = tf.saved_model.load(str(path))
     of_module, of_keras = predicts(module, model, options.task, options.input_range)
     images = common.unit(common.real_images(common.BATCH, tuple(model.input_shape[1:3])))

@@ -137,6 +137,7 @@ def main(argv=None):
     options = parser.parse_args(argv)
     common.need_tensorflow("export.litert")
     model = common.build(options.model, options.weights, input_shape=common.shape_of(options.size), classes=options.classes)
+    model = common.image_model(model)
     seen = None
     if options.representative is not None:
         seen = [images for images, _ in common.batches(model, options.representative, "train", count=REPRESENTATIVE)]

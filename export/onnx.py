@@ -158,6 +158,7 @@ def main(argv=None):
     options = parser.parse_args(argv)
     common.need_tensorflow("export.onnx")
     model = common.build(options.model, options.weights, input_shape=common.shape_of(options.size), classes=options.classes)
+    model = common.image_model(model)
     difference, largest = convert(model, options.out, opset=options.opset)
     predict = open_file(options.out)
     common.report(

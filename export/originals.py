@@ -64,7 +64,7 @@ def main(argv=None):
     options = parser.parse_args(argv)
     model = common.build(options.model, options.weights, input_shape=common.shape_of(options.size), classes=options.classes)
     fresh = write(model, options.out, layout=options.layout)
-    predict = common.keras_predict(fresh)
+    predict, model = common.keras_predict(common.image_model(fresh)), common.image_model(model)
     difference, largest = common.difference(predict, model)
     common.report(
         options.out, model, weights=options.weights, layout=fresh.weights_info["layout"],

@@ -119,6 +119,10 @@ class Model(keras.Model):
             check_strategy(self)
         return super().fit(*args, **kwargs)
 
+    def make_train_function(self, force=False):
+        build_optimizer(self)
+        return super().make_train_function(force)
+
     def compile_from_config(self, config):
         """As in Keras, which leaves it out where `compile` is not its own."""
         self.compile(**keras.saving.deserialize_keras_object(config))
@@ -135,6 +139,13 @@ class Model(keras.Model):
         model = super().from_config(config, custom_objects=custom_objects)
         model.remember(**facts)
         return model
+
+
+def build_optimizer(model):
+    """Makes the variables of a model's optimizer. On TensorFlow the first step would make them, and be traced once more then."""
+    if keras.config.backend() == "tensorflow" and model.optimizer is not None and not model.optimizer.built:
+        with model.distribute_strategy.scope():
+            model.optimizer.build(model.trainable_variables)
 
 
 def check_strategy(model, own_loop=False):

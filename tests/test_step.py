@@ -64,6 +64,17 @@ def test_an_update_without_clipping_is_that_of_keras():
     np.testing.assert_allclose(steps(trained)["loss"], steps(model)["loss"], rtol=1e-6)
 
 
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="others build the optimizer before")
+def test_a_step_is_traced_once(monkeypatch):
+    plain = keras_vit.ViT_mu(classes=CLASSES, weights=None, classifier_activation=None)
+    plain.compile(MomentumSGD(0.1), LOSS)
+    for trained in (plain, learner()):
+        traces, step = [], trained.train_step
+        monkeypatch.setattr(trained, "train_step", lambda data, step=step, traces=traces: traces.append(1) or step(data))
+        steps(trained, 2)
+        assert len(traces) == 1
+
+
 def test_clipping_limits_the_update_to_the_norm():
     free, clipped = learner(), learner(clip_norm=0.5)
     before = weights(free)

@@ -663,7 +663,7 @@ NEVER_MATTERS = (
     "workdir", "pretrained_dir", "tfds_data_dir", "tfds_manual_dir",  # where things lie; the weights are in the checkpoint
     "progress_every", "eval_every", "checkpoint_every", "keep_checkpoints", "on_save_error", "profile", "train_sample",
     "batch_eval", "export", "prefetch", "allow_change",
-    "distillation.teacher", "distillation.cache",  # where they lie; which teacher it is, its digest says
+    "distillation.teacher", "distillation.cache", "masked.tokenizer",  # where they lie; which models these are, digests say
     "config_sha256", "examples",  # `described` and `Checkpoints.save` put them there
 )  # fmt: skip
 

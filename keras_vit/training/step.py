@@ -210,6 +210,7 @@ class Learner(keras.Model):
 
     def make_train_function(self, force=False):
         """As in Keras, but that it also works for several steps on the device and for several workers."""
+        zoo.build_optimizer(self)
         if keras.config.backend() != "tensorflow" or (self.steps_on_device == 1 and not _beyond(self.distribute_strategy)):
             return super().make_train_function(force)
         if self.train_function is None or force:
