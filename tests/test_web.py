@@ -15,7 +15,7 @@ import unicodedata
 import keras
 import numpy as np
 import pytest
-from conftest import randomise
+from conftest import GOLDENS, randomise
 from PIL import Image
 
 pytestmark = pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="the converters read TensorFlow's graphs")
@@ -134,20 +134,12 @@ def unigram(own=(), tidy=True, prefix=True):
     return b"".join(pieces) + field(2, bytes([3 << 3, 1])) + field(3, normalizer)
 
 
-def trained():
-    """A model with the rules of normalisation that the library writes by default."""
-    library, model = pytest.importorskip("sentencepiece"), io.BytesIO()
-    library.SentencePieceTrainer.train(
-        sentence_iterator=iter(web.LIMITS), model_writer=model, vocab_size=90, hard_vocab_limit=False, minloglevel=2
-    )
-    return model.getvalue()
-
-
 @needs_node
-@pytest.mark.parametrize("kind", ["trained", "plain", "own", "untidy"])
+@pytest.mark.parametrize("kind", ["golden", "pieces", "plain", "own", "untidy"])
 def test_sentencepiece_in_the_page_gives_the_tokens_of_python(kind):
     made = {
-        "trained": trained,
+        "golden": (GOLDENS / "preprocess" / "sentencepiece_tokens" / "sentencepiece.model").read_bytes,
+        "pieces": (GOLDENS.parent / "texts" / "pieces.model").read_bytes,
         "plain": unigram,
         "own": lambda: unigram(own=["<mask>", "og"]),
         "untidy": lambda: unigram(tidy=False, prefix=False),
