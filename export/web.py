@@ -176,7 +176,7 @@ def _check_tower(tower):
 
 
 def _write_towers(towers, page):
-    """Writes model/image.onnx and model/text.onnx; yields the largest difference of each from its Keras model."""
+    """Writes model/image.onnx and model/text.onnx; returns the largest difference of each from its Keras model."""
     import tensorflow as tf
 
     (page / "model").mkdir()

@@ -1,4 +1,4 @@
-// Keeps the page for when there is no server: the network comes first, what it last gave is used where it gives nothing.
+// Keeps the page for when there is no server: the network comes first, what was kept of this build where it gives nothing.
 
 const BUILD = "__BUILD__"; // so that a new build is kept anew
 const KEPT = `${self.registration.scope} ${BUILD}`;
