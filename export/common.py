@@ -205,18 +205,23 @@ def served(model, batch=None):
     import tensorflow as tf  # not at the top: on another backend the commands first say that they need it
 
     name, main = output_name(model), logits_model(model)
-    size = sum(4 * int(np.prod(v.shape)) for v in main.variables)
-    if size > LARGEST:
-        raise errors.ExportError(
-            f"{model.name!r}: expected at most {LARGEST:,} bytes of weights, which is what this file format holds, got {size:,}. "
-            "Export it as a module by export.hub."
-        )
+    check_size(main)
 
     def call(images):
         return {name: tf.cast(main(keras_vit.preprocess_input(images * 255.0, model), training=False), tf.float32)}
 
     spec = tf.TensorSpec((batch, *main.input_shape[1:]), tf.float32, name="images")
     return tf.function(call, input_signature=[spec], autograph=False)
+
+
+def check_size(model):
+    """Raises ExportError where a model's weights in float32 are more than fits into one file."""
+    size = sum(4 * int(np.prod(v.shape)) for v in model.variables)
+    if size > LARGEST:
+        raise errors.ExportError(
+            f"{model.name!r}: expected at most {LARGEST:,} bytes of weights, which is what this file format holds, got {size:,}. "
+            "Export it as a module by export.hub."
+        )
 
 
 def keras_predict(model):

@@ -36,19 +36,39 @@ def convert(model, path, *, opset=OPSET):
         errors.ExportError: it cannot be converted, or the file does not give the model's outputs; `path` is as it was.
     """
     common.need_tensorflow("export.onnx")
+    where = f"export.onnx of {model.name!r} to {path}"
+    return convert_function(common.served(model), model, path, lambda predict: common.checked(predict, model, where), opset=opset)
+
+
+def convert_function(served, model, path, check, *, opset=OPSET):
+    """Writes a `tf.function` as an ONNX file, if that passes a check.
+
+    Args:
+        served: of one input, whose `input_signature` names it, -> {name of an output: tensor}.
+        model: the Keras model whose weights it computes with.
+        path: the `.onnx` file; replaced in one step.
+        check: takes the file's `predict`, raises where the file is not to be kept.
+        opset: version of the operators, 13 to 18.
+
+    Returns:
+        What `check` returned.
+
+    Raises:
+        errors.ExportError: it cannot be converted; `path` is as it was.
+    """
     if not isinstance(opset, int) or not OLDEST <= opset <= OPSET:
         raise errors.ArgumentError(
             f"export.onnx: expected an opset from {OLDEST} to {OPSET}, which tf2onnx writes, got {opset!r}."
         )
     with common.writing(path, ".onnx") as temporary:
-        made = _converted(model, opset)
+        made = _converted(served, model, opset)
         with open(temporary, "wb") as file:
             file.write(made.SerializeToString())
-        return common.checked(open_file(temporary), model, f"export.onnx of {model.name!r} to {path}")
+        return check(open_file(temporary))
 
 
 def open_file(path):
-    """The `predict` of an ONNX file, by ONNX Runtime on the CPU: float32 images in [0, 1] -> numpy array.
+    """The `predict` of an ONNX file of one input, by ONNX Runtime on the CPU: array -> array; images are float32 in [0, 1].
 
     Raises:
         errors.ExportError: the runtime is missing or refuses the file.
@@ -59,13 +79,14 @@ def open_file(path):
     except Exception as error:  # its classes are bound in C++ and share no other base
         raise errors.ExportError(f"{path}: expected a file that ONNX Runtime opens, got {error}") from error
     (given,), (taken,) = session.get_inputs(), session.get_outputs()
-    return lambda images: session.run([taken.name], {given.name: np.asarray(images, np.float32)})[0]
+    dtype = {"tensor(float)": np.float32, "tensor(int32)": np.int32}[given.type]
+    return lambda array: session.run([taken.name], {given.name: np.asarray(array, dtype)})[0]
 
 
-def _converted(model, opset):
+def _converted(served, model, opset):
     onnx, tf2onnx = _imported("onnx"), _imported("tf2onnx")
     handlers = {"Erfc": (_erfc, [])}
-    function, weights = _of_weights(model)
+    function, weights = _of_weights(served, model)
     made, _ = tf2onnx.convert.from_function(function, function.input_signature, opset=opset, custom_op_handlers=handlers)
     _fill(made.graph, weights)
     foreign = {node.op_type for node in made.graph.node if node.domain not in ("", "ai.onnx")}
@@ -79,16 +100,15 @@ def _converted(model, opset):
     return made
 
 
-def _of_weights(model):
-    """(function of images and weights, {name of an input: Keras variable}): tf2onnx takes 60 times the bytes of constants."""
+def _of_weights(served, model):
+    """(function of its input and weights, {name of an input: Keras variable}): tf2onnx takes 60 times the bytes of constants."""
     import tensorflow as tf
 
-    served = common.served(model)
     weights = {f"weight_{i}": variable for i, variable in enumerate(model.weights) if variable.dtype == "float32"}
 
-    def call(images, *values):
+    def call(given, *values):
         with keras.StatelessScope(state_mapping=list(zip(weights.values(), values))):
-            return served.python_function(images)
+            return served.python_function(given)
 
     specs = [tf.TensorSpec(variable.shape, tf.float32, name=name) for name, variable in weights.items()]
     return tf.function(call, input_signature=[*served.input_signature, *specs], autograph=False), weights
@@ -104,9 +124,9 @@ def _fill(graph, weights):
     graph.initializer.extend(
         numpy_helper.from_array(keras.ops.convert_to_numpy(weights[name]), weights[name].path) for name in sorted(used)
     )
-    images = [each for each in graph.input if each.name not in weights]
+    given = [each for each in graph.input if each.name not in weights]
     del graph.input[:]
-    graph.input.extend(images)
+    graph.input.extend(given)
 
 
 def _erfc(context, node, name, arguments):

@@ -86,7 +86,7 @@ def export(model, path, *, task="classification", input_range="unit", dtype=None
     staging = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        staging = _staging(target)
+        staging = staging_folder(target)
         if keras.config.backend() == "tensorflow":
             _writer(form).write(model, staging, form)
         else:
@@ -98,7 +98,7 @@ def export(model, path, *, task="classification", input_range="unit", dtype=None
             cards.write(staging / "module", about, extra)
         manifest.write(staging / "module", about)
         _verify(staging, path, form, low_precision=_low_precision(model, dtype))
-        _place(staging / "module", target)
+        place(staging / "module", target)
     except (OSError, tf.errors.OpError) as error:
         raise ExportError(
             f"{where}: expected a local folder that can be written, got {error}. "
@@ -217,7 +217,7 @@ def _verify(folder, path, form, low_precision):
                 )
 
 
-def _staging(target):
+def staging_folder(target):
     """A new folder beside `target`; those of exports on this machine that were killed are removed."""
     mine = f".{target.name}.new-{socket.gethostname()}-"
     for left in target.parent.glob(f"{mine}*"):
@@ -251,7 +251,7 @@ def _exchange(one, other):
     raise OSError(number, os.strerror(number), str(other))
 
 
-def _place(new, target):
+def place(new, target):
     """Moves the folder `new` to `target`, where an earlier one is replaced by it; on an error that one is as it was."""
     if not target.exists():
         os.rename(new, target)
