@@ -31,14 +31,15 @@ def main():
 
         cpu = tf.config.list_physical_devices("CPU")[0]
         tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * devices)
-    from keras_vit.training import strategy
+    from keras_vit.training import step, strategy
 
-    real = strategy.open_strategy
+    real, beyond = strategy.open_strategy, step._beyond
     open_strategy = functools.cache(lambda name: real(name))  # a process can have one of each that has collectives
     closing = []
     strategy.Mesh.close, close = lambda self: closing.append(self), strategy.Mesh.close  # after the last run
     found = {"exits": [], "places": []}
     for run in specification["runs"]:
+        step._beyond = (lambda strategy: True) if run.get("stand_in") else beyond
         strategy.open_strategy = functools.partial(opened, real, open_strategy, run, found["places"])
         found["exits"].append(trained(run["workdir"], run["options"], run.get("stop")))
     if "extra" in specification:
@@ -53,7 +54,7 @@ def main():
 def opened(real, open_strategy, run, places, name, model_axis=None):
     import keras
 
-    from keras_vit.training import step, strategy
+    from keras_vit.training import strategy
 
     if run.get("places"):
         devices = keras.distribution.list_devices()[: run["places"]]
@@ -65,7 +66,6 @@ def opened(real, open_strategy, run, places, name, model_axis=None):
         place = open_strategy(name)
     if run.get("stand_in"):
         place = strategy._Tpu(place.strategy, "tpu")
-        step._beyond = lambda strategy: True
     places.append([place.name, place.replicas, place.worker, place.workers])
     return place
 
