@@ -10,6 +10,7 @@ Runtime on real images before it gets its name; one that differs from the Keras 
 import importlib
 import os
 import sys
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -40,7 +41,7 @@ def convert(model, path, *, opset=OPSET):
     return convert_function(common.served(model), model, path, lambda predict: common.checked(predict, model, where), opset=opset)
 
 
-def convert_function(served, model, path, check, *, opset=OPSET):
+def convert_function(served, model, path, check, *, opset=OPSET, halves=(), weights=None):
     """Writes a `tf.function` as an ONNX file, if that passes a check.
 
     Args:
@@ -49,6 +50,9 @@ def convert_function(served, model, path, check, *, opset=OPSET):
         path: the `.onnx` file; replaced in one step.
         check: takes the file's `predict`, raises where the file is not to be kept.
         opset: version of the operators, 13 to 18.
+        halves: as `halved` returns it; these weights are stored so, and cast to float32 before they are used.
+        weights: a new file beside `path` for the weights, which need then not be read twice; by default they are in `path`. It
+            stays where this raises.
 
     Returns:
         What `check` returned.
@@ -61,10 +65,33 @@ def convert_function(served, model, path, check, *, opset=OPSET):
             f"export.onnx: expected an opset from {OLDEST} to {OPSET}, which tf2onnx writes, got {opset!r}."
         )
     with common.writing(path, ".onnx") as temporary:
-        made = _converted(served, model, opset)
-        with open(temporary, "wb") as file:
-            file.write(made.SerializeToString())
+        made = _converted(served, model, opset, dict(halves))
+        if weights is None:
+            external = {}
+        else:
+            Path(weights).touch(exist_ok=False)  # onnx appends to it, and lets its owner alone read one that it makes
+            external = dict(save_as_external_data=True, location=Path(weights).name)
+        _imported("onnx").save_model(made, temporary, **external)
         return check(open_file(temporary))
+
+
+def halved(model):
+    """{path of a weight: its values in float16}, of a model's matrices and tables; its vectors, which are few, stay as they are.
+
+    Raises:
+        errors.ExportError: a value is none in float16, which ends at 65,504.
+    """
+    found = {variable.path: variable for variable in model.weights if variable.dtype == "float32" and len(variable.shape) > 1}
+    for name, variable in found.items():
+        values = keras.ops.convert_to_numpy(variable)
+        with np.errstate(over="ignore"):
+            found[name] = values.astype(np.float16)
+        if not np.isfinite(found[name]).all():
+            raise errors.ExportError(
+                f"export.onnx of {model.name!r}: expected weights that float16 holds, up to 65,504, got "
+                f"{values[~np.isfinite(found[name])][0]:.6g} in {name!r}. Store them in float32; nothing was written."
+            )
+    return found
 
 
 def open_file(path):
@@ -83,12 +110,12 @@ def open_file(path):
     return lambda array: session.run([taken.name], {given.name: np.asarray(array, dtype)})[0]
 
 
-def _converted(served, model, opset):
+def _converted(served, model, opset, halves):
     onnx, tf2onnx = _imported("onnx"), _imported("tf2onnx")
     handlers = {"Erfc": (_erfc, [])}
     function, weights = _of_weights(served, model)
     made, _ = tf2onnx.convert.from_function(function, function.input_signature, opset=opset, custom_op_handlers=handlers)
-    _fill(made.graph, weights)
+    _fill(made.graph, weights, halves)
     foreign = {node.op_type for node in made.graph.node if node.domain not in ("", "ai.onnx")}
     strange = foreign | {node.op_type for node in made.graph.node if not onnx.defs.has(node.op_type)}
     if strange:  # tf2onnx writes what it does not know under TensorFlow's name, and says so in a log only
@@ -114,15 +141,24 @@ def _of_weights(served, model):
     return tf.function(call, input_signature=[*served.input_signature, *specs], autograph=False), weights
 
 
-def _fill(graph, weights):
+def _fill(graph, weights, halves):
     """Turns the inputs of an ONNX graph that are weights into constants with the values and paths of the Keras variables."""
-    from onnx import numpy_helper
+    from onnx import TensorProto, helper, numpy_helper
 
-    used = {name for node in graph.node for name in node.input} & set(weights)
+    found = {variable.path: variable for variable in weights.values()}
+    nodes, used = [], set()
     for node in graph.node:
-        node.input[:] = [weights[name].path if name in weights else name for name in node.input]
+        names = [weights[name].path if name in weights else name for name in node.input]
+        for name in sorted((set(names) & set(halves)) - used):
+            nodes.append(helper.make_node("Cast", [name], [f"{name}:float32"], f"{name}:cast", to=TensorProto.FLOAT))
+        used.update(names)
+        node.input[:] = [f"{name}:float32" if name in halves else name for name in names]
+        nodes.append(node)
+    del graph.node[:]
+    graph.node.extend(nodes)
     graph.initializer.extend(
-        numpy_helper.from_array(keras.ops.convert_to_numpy(weights[name]), weights[name].path) for name in sorted(used)
+        numpy_helper.from_array(halves[name] if name in halves else keras.ops.convert_to_numpy(found[name]), name)
+        for name in sorted(used & set(found))
     )
     given = [each for each in graph.input if each.name not in weights]
     del graph.input[:]

@@ -6,8 +6,14 @@
 The folder holds all that the page needs, the two towers as ONNX files, the vocabulary, ONNX Runtime Web, its licence, and
 manifest.json with the sha256 of each file; any server of plain files will do. The page asks no other host for anything, and after
 a first visit it also works without its server. The towers are compared with the Keras model before the folder takes its place in
-one step. ONNX Runtime Web is fetched once from the npm registry, by the sha512 that is written here, into the cache of keras_vit.
-Needs `pip install -e '.[export]'` and the TensorFlow backend.
+one step. --dtype says how weights are stored; arithmetic is in float32 in each:
+
+    float32   as they are
+    float16   matrices and tables halved, and with them the download
+    auto      float32 where a browser can hold them, else float16
+
+ONNX Runtime Web is fetched once from the npm registry, by the sha512 that is written here, into the cache of keras_vit. Needs
+`pip install -e '.[export]'` and the TensorFlow backend.
 """
 
 import base64
@@ -20,6 +26,7 @@ import tarfile
 from pathlib import Path
 from typing import NamedTuple
 
+import keras
 import numpy as np
 from PIL import Image
 
@@ -41,6 +48,7 @@ MEMBERS = {  # execution provider -> its script and its program in the package
 }
 LARGEST_MEMBER = 2**26  # bytes
 RUNTIMES = ("auto", "wasm", "webgpu")
+DTYPES = {"float32": 4, "float16": 2}  # -> bytes of a weight
 HEAVY = 2**24  # bytes of both towers from which "auto" takes WebGPU along, whose program is 27 MB
 LARGEST_TOWER = 2**30  # bytes; a browser's WebAssembly has 4 GB of memory, and needs the weights more than once
 SAMPLES, SAMPLE_SIDE = 12, 512  # pictures of a folder that are taken, and the longest side they get
@@ -60,14 +68,22 @@ LIMITS = (
 
 
 class Built(NamedTuple):
-    """A page that was written: its folder, the digest of its files, the towers' largest difference from the Keras model."""
+    """A page that was written.
+
+    Its folder, the digest of its files, what its weights are stored in, the towers' largest difference from the Keras model with
+    its weights rounded alike, and how much that rounding changes the embeddings, 0.0 in float32.
+    """
 
     path: Path
     digest: str
+    dtype: str
     difference: float
+    rounding: float
 
 
-def build(model, path, *, labels=LABELS, prompt=PROMPT, samples=PHOTOGRAPHS, runtime="auto", random=False, package=None):
+def build(
+    model, path, *, labels=LABELS, prompt=PROMPT, samples=PHOTOGRAPHS, runtime="auto", dtype="auto", random=False, package=None
+):  # fmt: skip
     """Writes the page of a LiT into a folder.
 
     Args:
@@ -78,12 +94,15 @@ def build(model, path, *, labels=LABELS, prompt=PROMPT, samples=PHOTOGRAPHS, run
         samples: pictures to choose from: "photographs" (scikit-learn's two), "digits" (one of each, of the test split), or a
             folder, of which the first 12 images by name are taken.
         runtime: "wasm"; "webgpu", which takes WebGPU along for browsers that have it; "auto" for that where the towers are large.
+        dtype: what weights are stored in, "float32" or "float16"; "auto" for the former where a tower's then fit. Arithmetic is
+            in float32.
         random: whether the weights are random, which the page then says.
         package: path of onnxruntime-web's .tgz, if it is not to be fetched; must be the same file.
 
     Raises:
         errors.ArgumentError: the model is no LiT of two towers with a tokenizer, or another argument is not usable.
-        errors.ExportError: a tower cannot be converted, is too large, or its file does not give its outputs.
+        errors.ExportError: a tower cannot be converted, is too large, has weights that float16 lacks, or its file does not give
+            its outputs.
         errors.DownloadError, errors.IntegrityError: the runtime could not be had. In all cases `path` is as it was.
     """
     common.need_tensorflow("export.web")
@@ -91,13 +110,14 @@ def build(model, path, *, labels=LABELS, prompt=PROMPT, samples=PHOTOGRAPHS, run
 
     if runtime not in RUNTIMES:
         raise errors.ArgumentError(f"export.web: runtime must be one of {RUNTIMES}, got {runtime!r}.")
+    if dtype not in ("auto", *DTYPES):
+        raise errors.ArgumentError(f"export.web: dtype must be one of {('auto', *DTYPES)}, got {dtype!r}.")
     if prompt and "{}" not in prompt:
         raise errors.ArgumentError(f"export.web: expected a prompt with {{}} for the label, got {prompt!r}; or '' for none.")
     record = _tokenizer(model)
     target = _target(path)
     towers = {kind: getattr(model, f"{kind}_tower") for kind in ("image", "text")}
-    for tower in towers.values():
-        _check_tower(tower)
+    dtype = _dtype(dtype, towers.values())
     size = sum(4 * tower.count_params() for tower in towers.values())
     providers = ("wasm", "webgpu") if runtime == "webgpu" or (runtime == "auto" and size > HEAVY) else ("wasm",)
     tarball = _package(package)
@@ -106,18 +126,19 @@ def build(model, path, *, labels=LABELS, prompt=PROMPT, samples=PHOTOGRAPHS, run
     try:
         page = staging / "page"
         shutil.copytree(PAGE, page)
-        differences = _write_towers(towers, page)
+        difference, rounding = _write_towers(towers, page, dtype)
         (page / "model" / "vocabulary.json").write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
         _unpack(tarball, providers, page)
         _write_licences(page)
         shown = _write_samples(samples, page)
         about = {
-            **_about(model, random), "labels": list(labels), "prompt": prompt, "samples": shown, "random": bool(random),
+            **_about(model, random, dtype, rounding),
+            "labels": list(labels), "prompt": prompt, "samples": shown, "random": bool(random),
             "image": {
-                "input": "images", "output": "image_embeddings", "file": _entry(page, "model/image.onnx"),
+                "input": "images", "output": "image_embeddings", "files": _entries(page, "image"),
                 "size": list(towers["image"].input_shape[1:3]), "pixels": zoo.pixels_of(model).asdict(),
             },
-            "text": {"input": "tokens", "output": "text_embeddings", "file": _entry(page, "model/text.onnx")},
+            "text": {"input": "tokens", "output": "text_embeddings", "files": _entries(page, "text")},
             "tokenizer": _entry(page, "model/vocabulary.json"),
             "runtimes": {
                 provider: {"script": f"runtime/{_script(script)}", "program": _entry(page, f"runtime/{program}")}
@@ -129,12 +150,19 @@ def build(model, path, *, labels=LABELS, prompt=PROMPT, samples=PHOTOGRAPHS, run
         worker = page / TEMPLATED
         worker.write_text(worker.read_text(encoding="utf-8").replace("__BUILD__", digest), encoding="utf-8")
         manifest.write(
-            page, {"kind": FORMAT, "keras_vit": keras_vit.__version__, "model": model.name, "onnxruntime-web": VERSION}
+            page,
+            {
+                "kind": FORMAT,
+                "keras_vit": keras_vit.__version__,
+                "model": model.name,
+                "dtype": dtype,
+                "onnxruntime-web": VERSION,
+            },
         )
         module.place(page, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return Built(target, manifest.digest(target), max(differences))
+    return Built(target, manifest.digest(target), dtype, difference, rounding)
 
 
 def _tokenizer(model):
@@ -166,17 +194,27 @@ def _is_page(folder):
         return False
 
 
-def _check_tower(tower):
-    size = 4 * tower.count_params()
-    if size > LARGEST_TOWER:
+def _dtype(asked, towers):
+    """What the weights of both towers are stored in."""
+    largest = max(towers, key=lambda tower: tower.count_params())
+    fitting = [dtype for dtype, size in DTYPES.items() if size * largest.count_params() <= LARGEST_TOWER]
+    dtype = asked if asked != "auto" else (fitting or ["float16"])[0]
+    if dtype not in fitting:
         raise errors.ExportError(
-            f"export.web: expected towers of at most {LARGEST_TOWER:,} bytes, which a browser can hold, got {size:,} of "
-            f"{tower.name!r}. Choose a smaller model."
+            f"export.web: expected towers of at most {LARGEST_TOWER:,} bytes, which a browser can hold, got "
+            f"{DTYPES[dtype] * largest.count_params():,} of {largest.name!r} in {dtype}. "
+            + ("Store them in float16." if fitting else "Choose a smaller model.")
         )
+    if dtype == "float16" and asked == "auto":
+        common.say(
+            f"export.web: {largest.name!r} has {4 * largest.count_params():,} bytes in float32, of which a browser can hold "
+            f"{LARGEST_TOWER:,}; weights are stored in float16."
+        )
+    return dtype
 
 
-def _write_towers(towers, page):
-    """Writes model/image.onnx and model/text.onnx; returns the largest difference of each from its Keras model."""
+def _write_towers(towers, page, dtype):
+    """Writes model/image.onnx and model/text.onnx, and their weights beside; returns (`difference`, `rounding`) of `Built`."""
     import tensorflow as tf
 
     (page / "model").mkdir()
@@ -193,26 +231,51 @@ def _write_towers(towers, page):
         "image": tf.TensorSpec((None, *size), tf.float32, "images"),
         "text": tf.TensorSpec((None, length), tf.int32, "tokens"),
     }
-    return [_write_tower(kind, towers[kind], specs[kind], probes[kind], page / "model" / f"{kind}.onnx") for kind in towers]
+    found = [_write_tower(kind, towers[kind], specs[kind], probes[kind], page / _files(kind)[0], dtype) for kind in towers]
+    return tuple(max(column) for column in zip(*found))
 
 
-def _write_tower(kind, tower, spec, probe, path):
+def _write_tower(kind, tower, spec, probe, path, dtype):
     import tensorflow as tf
+
+    halves = onnx.halved(tower) if dtype == "float16" else {}
 
     def call(given):
         return {f"{kind}_embeddings": tf.cast(tower(given, training=False), tf.float32)}
 
     def check(predict):
-        expected = np.asarray(tower.predict_on_batch(probe))
+        exact = tower.predict_on_batch(probe)
+        expected = _rounded(tower, halves)(probe) if halves else exact
         difference = max(float(np.max(np.abs(predict(probe[:n]) - expected[:n]))) for n in (1, len(probe)))
         if not difference <= common.TOLERANCE:
             raise errors.ExportError(
                 f"export.web of {tower.name!r}: expected embeddings within {common.TOLERANCE:.0e} of the Keras model's, got a "
                 f"difference of {difference:.1e}. Look for nan weights; nothing was written."
             )
-        return difference
+        return difference, float(np.max(np.abs(expected - exact)))
 
-    return onnx.convert_function(tf.function(call, input_signature=[spec], autograph=False), tower, path, check)
+    function = tf.function(call, input_signature=[spec], autograph=False)
+    return onnx.convert_function(function, tower, path, check, halves=halves, weights=path.parents[1] / _files(kind)[1])
+
+
+def _rounded(tower, halves):
+    """The `predict` of a tower whose weights are those that `onnx.halved` returned."""
+    values = [(v, keras.ops.convert_to_tensor(halves[v.path], v.dtype)) for v in tower.weights if v.path in halves]
+
+    def predict(probe):
+        with keras.StatelessScope(state_mapping=values):
+            return keras.ops.convert_to_numpy(tower(probe, training=False))
+
+    return predict
+
+
+def _files(kind):
+    """Of a tower: its graph, and its weights, which the browser so reads into the runtime's memory only once."""
+    return f"model/{kind}.onnx", f"model/{kind}.weights"
+
+
+def _entries(page, kind):
+    return [_entry(page, name) for name in _files(kind)]
 
 
 def _entry(page, name):
@@ -308,7 +371,7 @@ def _samples(samples, licences):
         yield from ((path.stem, pipeline.read_image(path)) for path in paths)
 
 
-def _about(model, random):
+def _about(model, random, dtype, rounding):
     """What the page says of a model."""
     info, tower = model.weights_info, model.image_tower
     size = tuple(tower.input_shape[1:3])
@@ -317,12 +380,14 @@ def _about(model, random):
         "Weights": "random" if random else info.get("source") or "trained by whoever built this page",
         "Licence of the weights": None if random else info.get("licence"),
         "Parameters": f"{model.image_tower.count_params():,} for pictures, {model.text_tower.count_params():,} for text",
+        "Stored in": f"float16, which changes embeddings by up to {rounding:.0e}; computed in float32" if rounding else dtype,
         "A picture is seen": zoo.pixels_of(model).describe(size),
         "Method": "LiT: Zero-Shot Transfer with Locked-image text Tuning, arXiv 2111.07991",
         "Software": f"ONNX Runtime Web {VERSION}; its licence is in the folder licences",
     }
     return {
         "name": model.name,
+        "dtype": dtype,
         "temperature": model.temperature,
         "bias": model.bias,
         "limits": [limit.format(length=model.tokenizer.length) for limit in LIMITS],
@@ -354,6 +419,10 @@ def main(argv=None):
         "--samples", default=PHOTOGRAPHS, help=f"'{PHOTOGRAPHS}', '{DIGITS}' or a folder of images (default: %(default)s)"
     )
     parser.add_argument("--runtime", choices=RUNTIMES, default="auto", help="what the page computes with (default: %(default)s)")
+    parser.add_argument(
+        "--dtype", choices=("auto", *DTYPES), default="auto",
+        help="what weights are stored in; arithmetic is in float32 (default: %(default)s, float32 where that can be held)",
+    )  # fmt: skip
     parser.add_argument("--package", help=f"a copy of {PACKAGE}")
     options = parser.parse_args(argv)
     common.need_tensorflow("export.web")
@@ -363,10 +432,11 @@ def main(argv=None):
     model = common.build(options.model, options.weights, input_shape=common.shape_of(options.size), vocabulary=options.vocabulary)
     built = build(
         model, options.out, labels=_labels(options.labels), prompt=options.prompt, samples=options.samples,
-        runtime=options.runtime, random=options.weights == common.RANDOM, package=options.package,
+        runtime=options.runtime, dtype=options.dtype, random=options.weights == common.RANDOM, package=options.package,
     )  # fmt: skip
     common.report(
-        built.path, model, weights=options.weights, difference=built.difference, digest=built.digest,
+        built.path, model, weights=options.weights, dtype=built.dtype, difference=built.difference,
+        rounding=built.rounding if built.dtype == "float16" else None, digest=built.digest,
         serve=f"python -m http.server --directory={options.out} --bind=127.0.0.1", as_json=options.json,
     )  # fmt: skip
     return 0

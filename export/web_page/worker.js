@@ -45,9 +45,15 @@ async function open(provider, program, contents) {
   ort = await import(address(model.runtimes[provider].script));
   ort.env.logLevel = "error";
   Object.assign(ort.env.wasm, { numThreads: 1, proxy: false, wasmBinary: program.buffer });
+  const options = { executionProviders: [provider] };
+  if (provider === "wasm" && model.dtype === "float16") {
+    // Weights are cast anew in each run, which takes no longer; else they would be kept in float32 too.
+    options.extra = { optimization: { disable_specified_optimizers: "ConstantFolding" } };
+  }
   const opened = { provider };
-  for (const [tower, content] of Object.entries(contents)) {
-    opened[tower] = await ort.InferenceSession.create(content, { executionProviders: [provider] });
+  for (const [tower, [graph, data]] of Object.entries(contents)) {
+    const path = model[tower].files[1].path.split("/").at(-1); // as the graph calls it
+    opened[tower] = await ort.InferenceSession.create(graph, { ...options, externalData: [{ path, data }] });
   }
   return opened;
 }
@@ -57,19 +63,20 @@ async function start() {
   if (!response.ok) throw new Error(`model.json cannot be read: the server says ${response.status}.`);
   model = await response.json();
   const first = await provider();
-  const files = [model.runtimes[first].program, model.image.file, model.text.file, model.tokenizer];
+  const files = [model.runtimes[first].program, model.tokenizer, ...model.image.files, ...model.text.files];
   const total = files.reduce((sum, { bytes }) => sum + bytes, 0);
   let loaded = 0;
   const arrived = (count) => postMessage({ progress: (loaded += count) / total, total });
-  const [program, image, text, vocabulary] = await Promise.all(files.map((file) => read(file, arrived)));
+  const [program, vocabulary, ...rest] = await Promise.all(files.map((file) => read(file, arrived)));
+  const contents = { image: rest.slice(0, 2), text: rest.slice(2) };
   const { kind, ...record } = JSON.parse(new TextDecoder().decode(vocabulary));
   tokenizer = new TOKENIZERS[kind](record);
   try {
-    towers = await open(first, program, { image, text });
+    towers = await open(first, program, contents);
   } catch (error) {
     if (first === "wasm") throw error;
     console.warn("WebGPU is not used:", error);
-    towers = await open("wasm", await read(model.runtimes.wasm.program, () => {}), { image, text });
+    towers = await open("wasm", await read(model.runtimes.wasm.program, () => {}), contents);
   }
   await embedImages(new Float32Array(3 * model.image.size[0] * model.image.size[1]), 1); // the first run of each takes longer
   await embedTexts([""]);
