@@ -261,6 +261,35 @@ def folder(model, package, tmp_path_factory):
             patch.setattr(web, "INTEGRITY", integrity(path))
         built = web.build(model, target, labels=LABELS, prompt="a photo of {}", samples="digits", package=path)
     assert built.path == target and built.digest == hub.digest(target) and built.difference < 1e-5
+    assert built.dtype == "float32" and built.rounding == 0.0
+    return target
+
+
+@pytest.fixture(scope="module")
+def rounded(model):
+    """The model with its matrices and tables rounded to float16."""
+    made = keras_vit.LiT_mu(weights=None)
+    for ours, theirs in zip(made.weights, model.weights, strict=True):
+        values = keras.ops.convert_to_numpy(theirs)
+        ours.assign(values.astype("float16") if values.ndim > 1 else values)
+    return made
+
+
+@pytest.fixture(scope="module")
+def small_folder(model, rounded, package, tmp_path_factory):
+    """The page in float16."""
+    path, real = package
+    target = tmp_path_factory.mktemp("web16") / "page"
+    before = model.get_weights()
+    with pytest.MonkeyPatch.context() as patch:
+        if not real:
+            patch.setattr(web, "INTEGRITY", integrity(path))
+        built = web.build(model, target, labels=LABELS, prompt="a photo of {}", samples="digits", dtype="float16", package=path)
+    assert all(np.array_equal(*pair) for pair in zip(before, model.get_weights(), strict=True))
+    assert built.dtype == "float16" and built.difference < 1e-5
+    images = keras_vit.preprocess_input(common.real_images(common.BATCH, (32, 32)), model)
+    least = np.abs(model.encode_image(images) - rounded.encode_image(images)).max()  # the text tower may be changed more
+    assert 1e-4 < least <= built.rounding + 1e-6 and built.rounding < 0.05
     return target
 
 
@@ -268,11 +297,12 @@ def folder(model, package, tmp_path_factory):
 def quick(monkeypatch, tmp_path):
     """Options of `build` with which it does not convert anything."""
 
-    def towers(towers, page):
+    def towers(towers, page, dtype):
         (page / "model").mkdir()
         for kind in towers:
-            (page / "model" / f"{kind}.onnx").write_bytes(b"onnx")
-        return [0.0]
+            for name in web._files(kind):
+                (page / name).write_bytes(dtype.encode())
+        return 0.0, 0.0
 
     path = archive(tmp_path / "package.tgz")
     monkeypatch.setattr(web, "INTEGRITY", integrity(path))
@@ -283,7 +313,7 @@ def quick(monkeypatch, tmp_path):
 def test_the_folder_holds_all_that_the_page_asks_for_and_says_what_it_is(folder, model):
     record = hub.verify(folder)  # every file has the bytes of the manifest
     about = json.loads((folder / "model.json").read_text())
-    files = [about["image"]["file"], about["text"]["file"], about["tokenizer"], about["runtimes"]["wasm"]["program"]]
+    files = [*about["image"]["files"], *about["text"]["files"], about["tokenizer"], about["runtimes"]["wasm"]["program"]]
     for file in files:
         assert record["files"][file["path"]] == {"bytes": file["bytes"], "sha256": file["sha256"]}
     named = {about["runtimes"]["wasm"]["script"], *(sample["file"] for sample in about["samples"])}
@@ -301,6 +331,54 @@ def test_the_folder_holds_all_that_the_page_asks_for_and_says_what_it_is(folder,
         "http://www.w3.org"
     }  # a name of XML's, not asked for
     assert not foreign and "__BUILD__" not in page and not re.search(r"\son\w+=|\sstyle=", (folder / "index.html").read_text())
+
+
+def test_weights_in_float16_are_half_as_large_and_rounded_and_the_page_says_so(folder, small_folder, model, rounded):
+    onnx = pytest.importorskip("onnx")
+    hub.verify(small_folder)
+    for kind in ("image", "text"):
+        full, half = ((each / "model" / f"{kind}.weights").stat() for each in (folder, small_folder))
+        assert half.st_size < 0.6 * full.st_size and half.st_mode == (small_folder / "model.json").stat().st_mode
+        tower = getattr(rounded, f"{kind}_tower")
+        expected = {variable.path: keras.ops.convert_to_numpy(variable) for variable in tower.weights}
+        graph = onnx.load(small_folder / "model" / f"{kind}.onnx").graph
+        found = {each.name: onnx.numpy_helper.to_array(each) for each in graph.initializer if each.name in expected}
+        assert {len(value.shape) > 1 for value in found.values()} == {True, False}
+        for name, value in found.items():
+            assert value.dtype == ("float16" if value.ndim > 1 else "float32"), name
+            assert np.array_equal(value.astype("float32"), expected[name]), name
+    about = json.loads((small_folder / "model.json").read_text())
+    assert about["dtype"] == "float16" and "float16, which changes embeddings by up to" in about["facts"]["Stored in"]
+    assert json.loads((small_folder / "manifest.json").read_text())["dtype"] == "float16"
+    about = json.loads((folder / "model.json").read_text())
+    assert about["dtype"] == about["facts"]["Stored in"] == "float32"
+
+
+def test_a_weight_that_float16_lacks_is_named(quick, monkeypatch, tmp_path):
+    monkeypatch.undo()  # towers are converted
+    monkeypatch.setattr(web, "INTEGRITY", integrity(quick["package"]))
+    made = keras_vit.LiT_mu(weights=None)
+    weight = next(weight for weight in made.image_tower.weights if len(weight.shape) == 2)
+    weight.assign(np.where(np.arange(weight.shape[1]) == 1, 7e4, weight.numpy()))
+    with pytest.raises(errors.ExportError, match=f"float16 holds, up to 65,504, got 70000 in '{weight.path}'"):
+        web.build(made, tmp_path / "page", dtype="float16", **quick)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["package.tgz"]
+
+
+def test_float16_is_taken_where_float32_is_too_large(model, quick, monkeypatch, tmp_path, capsys):
+    largest = max(model.image_tower.count_params(), model.text_tower.count_params())
+    for limit, asked, dtype in ((4, "auto", "float32"), (4, "float16", "float16"), (3.99, "auto", "float16")):
+        monkeypatch.setattr(web, "LARGEST_TOWER", int(limit * largest))
+        built = web.build(model, tmp_path / "page", dtype=asked, **quick)
+        assert built.dtype == dtype and (built.path / "model" / "text.onnx").read_text() == dtype
+        assert ("stored in float16" in capsys.readouterr().err) == (limit < 4)
+    with pytest.raises(errors.ExportError, match="in float32. Store them in float16"):
+        web.build(model, tmp_path / "page", dtype="float32", **quick)
+    monkeypatch.setattr(web, "LARGEST_TOWER", largest)
+    for asked in ("auto", "float32", "float16"):
+        with pytest.raises(errors.ExportError, match="which a browser can hold, got .* Choose a smaller model"):
+            web.build(model, tmp_path / "page", dtype=asked, **quick)
+    assert hub.digest(tmp_path / "page") == built.digest
 
 
 def test_a_page_is_replaced_in_one_step_or_left_as_it_was(model, quick, tmp_path):
@@ -342,6 +420,7 @@ def test_pictures_of_a_folder_become_samples_without_what_else_is_in_their_files
     [
         (dict(runtime="webgl"), "runtime must be one of"),
         (dict(prompt="a photo"), "a prompt with {}"),
+        (dict(dtype="int8"), "dtype must be one of"),
     ],
 )
 def test_what_cannot_be_built_is_refused_with_the_next_step(model, quick, options, problem, tmp_path):
@@ -476,6 +555,21 @@ def test_pictures_get_the_probabilities_of_python(page, model, folder):
     assert max(second.values()) - min(second.values()) > 0.05
 
 
+def test_a_page_in_float16_gives_the_probabilities_of_python(browser, rounded, small_folder, package):
+    if not package[1]:
+        pytest.skip(f"{web.PACKAGE} cannot be reached, without which the page computes nothing")
+    context = browser.new_context()
+    with browsers.serving(small_folder) as server:
+        page = browsers.opened(context, server.url)
+        page.get_by_text("float16, which changes embeddings by up to").wait_for(state="attached")
+        check(page, rounded, np.asarray(Image.open(small_folder / "samples" / "1.png").convert("RGB")))
+        photograph = common.real_images(1, (233, 301))[0]
+        choose(page, png(photograph))
+        page.get_by_role("img", name="picture.png").wait_for()
+        check(page, rounded, photograph)
+    context.close()
+
+
 def test_a_jpeg_a_gray_and_a_transparent_picture_are_read_as_they_are_seen(page, model):
     photograph = common.real_images(1, (120, 160))[0]
     file = io.BytesIO()
@@ -575,13 +669,13 @@ def test_a_damaged_or_missing_file_is_named(browser, folder, package, tmp_path):
     if not package[1]:
         pytest.skip(f"{web.PACKAGE} cannot be reached, without which the page computes nothing")
     shutil.copytree(folder, tmp_path / "page")
-    path = tmp_path / "page" / "model" / "text.onnx"
+    path = tmp_path / "page" / "model" / "text.weights"
     content = path.read_bytes()
     with browsers.serving(tmp_path / "page") as server:
         for change, problem in (
-            (lambda: path.write_bytes(content[:-9] + b"different"), "model/text.onnx is not the file that was built"),
-            (lambda: path.write_bytes(content[:999]), "model/text.onnx breaks off after 999 of"),
-            (path.unlink, "model/text.onnx cannot be read: the server says 404"),
+            (lambda: path.write_bytes(content[:-9] + b"different"), "model/text.weights is not the file that was built"),
+            (lambda: path.write_bytes(content[:999]), "model/text.weights breaks off after 999 of"),
+            (path.unlink, "model/text.weights cannot be read: the server says 404"),
         ):
             change()
             context = browser.new_context()
@@ -675,12 +769,16 @@ def test_the_camera_is_looked_through_until_it_is_stopped(page):
 
 
 @pytest.mark.slow
-def test_webgpu_gives_the_probabilities_of_python_and_may_be_missing(browser, site, model, package, tmp_path):
-    web.build(model, tmp_path / "page", labels=LABELS, samples="digits", runtime="webgpu", package=package[0])
+@pytest.mark.parametrize("dtype", web.DTYPES)
+def test_webgpu_gives_the_probabilities_of_python_and_may_be_missing(browser, model, rounded, package, dtype, tmp_path):
+    if not package[1]:
+        pytest.skip(f"{web.PACKAGE} cannot be reached, without which the page computes nothing")
+    options = dict(labels=LABELS, samples="digits", runtime="webgpu", dtype=dtype, package=package[0])
+    web.build(model, tmp_path / "page", **options)
     image = np.asarray(Image.open(tmp_path / "page" / "samples" / "1.png").convert("RGB"))
     software = ["--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--enable-features=Vulkan"]
     with browsers.serving(tmp_path / "page") as server, browsers.launch(browser.browser_type, *software) as other:
         for each, runs_on in ((other, "the graphics processor, by WebGPU"), (browser, "the processor, by WebAssembly")):
             page = browsers.opened(each.new_context(), server.url)
             page.get_by_text(runs_on).wait_for()
-            check(page, model, image)
+            check(page, rounded if dtype == "float16" else model, image)
