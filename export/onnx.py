@@ -51,8 +51,8 @@ def convert_function(served, model, path, check, *, opset=OPSET, halves=(), weig
         check: takes the file's `predict`, raises where the file is not to be kept.
         opset: version of the operators, 13 to 18.
         halves: as `halved` returns it; these weights are stored so, and cast to float32 before they are used.
-        weights: a new file beside `path` for the weights, which need then not be read twice; by default they are in `path`. It
-            stays where this raises.
+        weights: a new file beside `path` for the weights, which a runtime can read without a second copy; by default they are in
+            `path`. It stays where this raises.
 
     Returns:
         What `check` returned.
@@ -66,9 +66,8 @@ def convert_function(served, model, path, check, *, opset=OPSET, halves=(), weig
         )
     with common.writing(path, ".onnx") as temporary:
         made = _converted(served, model, opset, dict(halves))
-        if weights is None:
-            external = {}
-        else:
+        external = {}
+        if weights is not None:
             Path(weights).touch(exist_ok=False)  # onnx appends to it, and lets its owner alone read one that it makes
             external = dict(save_as_external_data=True, location=Path(weights).name)
         _imported("onnx").save_model(made, temporary, **external)
@@ -89,7 +88,7 @@ def halved(model):
         if not np.isfinite(found[name]).all():
             raise errors.ExportError(
                 f"export.onnx of {model.name!r}: expected weights that float16 holds, up to 65,504, got "
-                f"{values[~np.isfinite(found[name])][0]:.6g} in {name!r}. Store them in float32; nothing was written."
+                f"{values[~np.isfinite(found[name])][0]:.6g} in {name!r}. Keep the model in float32; nothing was written."
             )
     return found
 

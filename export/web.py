@@ -50,7 +50,7 @@ LARGEST_MEMBER = 2**26  # bytes
 RUNTIMES = ("auto", "wasm", "webgpu")
 DTYPES = {"float32": 4, "float16": 2}  # -> bytes of a weight
 HEAVY = 2**24  # bytes of both towers from which "auto" takes WebGPU along, whose program is 27 MB
-LARGEST_TOWER = 2**30  # bytes; a browser's WebAssembly has 4 GB of memory, and needs the weights more than once
+LARGEST_TOWER = 2**30  # bytes as stored; a browser's WebAssembly has 4 GB of memory, and needs more than the weights
 SAMPLES, SAMPLE_SIDE = 12, 512  # pictures of a folder that are taken, and the longest side they get
 PHOTOGRAPHS, DIGITS = "photographs", "digits"
 LABELS = ("a flower", "a temple", "a cat", "a street at night", "handwritten digits")
@@ -203,7 +203,7 @@ def _dtype(asked, towers):
         raise errors.ExportError(
             f"export.web: expected towers of at most {LARGEST_TOWER:,} bytes, which a browser can hold, got "
             f"{DTYPES[dtype] * largest.count_params():,} of {largest.name!r} in {dtype}. "
-            + ("Store them in float16." if fitting else "Choose a smaller model.")
+            + ("Store them in float16: --dtype=float16." if fitting else "Choose a smaller model.")
         )
     if dtype == "float16" and asked == "auto":
         common.say(
@@ -270,7 +270,7 @@ def _rounded(tower, halves):
 
 
 def _files(kind):
-    """Of a tower: its graph, and its weights, which the browser so reads into the runtime's memory only once."""
+    """Of a tower: its graph and its weights. In one file the runtime would copy the weights more often."""
     return f"model/{kind}.onnx", f"model/{kind}.weights"
 
 
