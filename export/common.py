@@ -343,7 +343,7 @@ _LINES = {
         f"largest difference from the Keras model on real images: {value:.2e}"
         + (f" (its largest output: {all_['largest']:.2f})" if "largest" in all_ else "")
     ),
-    "rounding": lambda value, _: f"largest change by rounding weights, which that Keras model's are too: {value:.2e}",
+    "rounding": lambda value, _: f"largest change by rounding weights (in the line above both are rounded): {value:.2e}",
     "images_per_second": lambda value, all_: (
         f"images per second: {value:.1f}" + (f" (batch {all_['batch']}, median)" if "batch" in all_ else "")
     ),
