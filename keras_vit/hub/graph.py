@@ -196,10 +196,13 @@ def output(model, task, where):
                 "Export it with task='feature_vector' or 'tokens'."
             )
         return logits
-    rank, inside = (3, "encoder_norm") if task == "tokens" else (2, "head")
-    found = None
-    if inside in names:
-        found = zoo.tap_input(model, "head") if inside == "head" else zoo.tap(model, inside)
+    rank, found = (3 if task == "tokens" else 2), None
+    if rank == 2 and "head" in names:
+        found = zoo.tap_input(model, "head")
+    elif rank == 3 and (last := _last_tokens(model)):
+        found = zoo.tap(model, last)
+        if len(found.shape) == 4:  # of a family that keeps the grid
+            found = keras.layers.Reshape((-1, found.shape[-1]), name="tokens_in_a_row")(found)
     elif len(model.outputs) == 1:
         found = model.outputs[0]
     if found is None or len(found.shape) != rank:
@@ -209,6 +212,13 @@ def output(model, task, where):
             f"{model.name!r}. Build it with pooling=, or choose another task."
         )
     return found
+
+
+def _last_tokens(model):
+    """The name of the layer behind the last block: the norm after it, where there is one; None without either."""
+    if any(layer.name == "encoder_norm" for layer in model.layers):
+        return "encoder_norm"
+    return next((layer.name for layer in reversed(model.layers) if "block_" in layer.name and hasattr(layer, "TAPS")), None)
 
 
 def _whole(model, task):

@@ -60,11 +60,11 @@ def export(model, path, *, task="classification", input_range="unit", dtype=None
         path: a local folder: new, empty, or an earlier module.
         task: "classification" gives the logits (batch, classes) before their activation, the output of layer "head", or of
             "logits" where that is the mean of two heads; "feature_vector" what "head" reads, or the output of a model without
-            it, (batch, width); "tokens" the sequence after the last norm (batch, n, width), a class token first where there is
-            one. Of a LiT, "image_embedding" gives its image tower; "text_embedding" its text tower, a module that takes strings
-            (batch,), UTF-8, in the place of images, and has the signature "tokens" for who tokenizes by himself; "image_text"
-            both, a module that takes {"images", "texts"} and gives {"image_embeddings", "text_embeddings", "logits"}, the last
-            (images, texts), with the signatures "images" and "texts" for each alone.
+            it, (batch, width); "tokens" the sequence after the last norm or, without one, the last block, (batch, n, width), a
+            class token first where there is one. Of a LiT, "image_embedding" gives its image tower; "text_embedding" its text
+            tower, a module that takes strings (batch,), UTF-8, in the place of images, and has the signature "tokens" for who
+            tokenizes by himself; "image_text" both, a module that takes {"images", "texts"} and gives {"image_embeddings",
+            "text_embeddings", "logits"}, the last (images, texts), with the signatures "images" and "texts" for each alone.
         input_range: "unit" for [0, 1], the convention of TF-Hub; "minus1_1" for modules that replace one taking [-1, 1].
         dtype: the policy it computes in, "float32", "mixed_bfloat16" or "mixed_float16"; None for the model's own. Weights and
             head are float32 in each.
