@@ -23,7 +23,7 @@ from keras_vit.checkpoints import files, load  # noqa: E402
 from keras_vit.data import pipeline  # noqa: E402
 from keras_vit.evaluation import classify  # noqa: E402
 
-NAMES = toys("ViT_mu", "Hybrid_mu", "Mixer_mu", "FlexiViT_mu")
+NAMES = toys("ViT_mu", "Mixer_mu")
 FORMATS = {"onnx": (onnx.convert, onnx.open_file), "tflite": (litert.convert, litert.open_file)}
 
 

@@ -29,7 +29,7 @@ from keras_vit.errors import ExportError  # noqa: E402
 from keras_vit.hub import HubLayer, module, verify  # noqa: E402
 from keras_vit.layers.embed import aligned, sincos2d  # noqa: E402
 
-FAMILIES = toys("ViT_mu", "Hybrid_mu", "Mixer_mu", "FlexiViT_mu")
+FAMILIES = toys("ViT_mu")
 # All that the graphs of modules are made of: arithmetic, shapes, control flow, lists of tensors, random numbers for dropout, the
 # module's own variables, and decoding of images. None reads or writes a file, a socket or the screen, or calls Python
 SAFE = {
@@ -196,7 +196,10 @@ def test_threads_get_equal_answers_and_memory_does_not_grow(tmp_path):  # [E6]
     assert resident() <= 1.05 * before
 
 
-@pytest.mark.parametrize("name", ["ViT_mu", "Hybrid_mu", "FlexiViT_mu", "ViT_mu_bv", "DeiT_mu"])
+@pytest.mark.parametrize(
+    "name",
+    ["ViT_mu", *(pytest.param(each, marks=pytest.mark.slow) for each in ("Hybrid_mu", "FlexiViT_mu", "ViT_mu_bv", "DeiT_mu"))],
+)
 def test_a_module_of_any_size_is_the_model_that_was_loaded_for_that_size(name, tmp_path):
     model = randomise(keras_vit.create_model(name, weights=None, classes=5))
     keras_vit.save_npz(model, tmp_path / "weights.npz")
@@ -274,7 +277,7 @@ def test_a_model_without_the_output_of_a_task_is_refused(tmp_path):
     ):
         with pytest.raises(ExportError, match=match):
             module.export(grid, tmp_path / "m", task=task)
-    with pytest.raises(ExportError, match=r"expected task in \('classification', 'feature_vector', 'tokens'\), got 'fe'"):
+    with pytest.raises(ExportError, match=r"expected task in \('classification', 'feature_vector', 'tokens', .*, got 'fe'"):
         module.export(grid, tmp_path / "m", task="fe")
     with pytest.raises(ExportError, match="expected dtype in .*got 'float64'"):
         module.export(grid, tmp_path / "m", dtype="float64")
