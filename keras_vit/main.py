@@ -374,11 +374,12 @@ def build_towers(config):
 
 def _start_image_tower(model, path, shape, arguments):
     """Gives the image tower the weights of a file: of a LiT, or of a ViT, whose head is left out."""
-    if zoo.identify(files.open_file(fetch.fetch(path).path)).family == "LiT":
+    if zoo.identify(files.open_file(fetch.fetch(path).path)).family in TWO_TOWERS:
         zoo.load_weights(model.image_tower, path)
         return
     sizes = {key: arguments[key] for key in ("patch_size", "width", "depth", "heads", "mlp")}
-    start = keras_vit.ViT(False, None, input_shape=shape, pooling="token", representation_size=None, **sizes)
+    reads = arguments.get("classifier", "token")
+    start = keras_vit.ViT(False, None, input_shape=shape, classifier=reads, representation_size=None, **sizes)
     zoo.load_weights(start, path, ignore=("head/*", "pre_logits/*"))
     own = load.named_weights(model.image_tower)
     for name, weight in load.named_weights(start).items():
