@@ -1,11 +1,13 @@
 import gc
 import os
 import pathlib
+import re
 
 import numpy as np
 import pytest
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
+MARKS = re.compile(r"<!-- (snippet|not run): (.*?) -->\n```(\w+)\n(.*?)```\n", re.DOTALL)  # of a page's fenced blocks
 QUICK_XLA = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
@@ -34,6 +36,11 @@ def toys(*quick):
 
     names = [name for name in keras_vit.list_models("*_mu") if keras_vit.zoo.VARIANTS[name].family.classifies]
     return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+def marked(page, kind):
+    """{name: (language, text)} of a page's fenced blocks under a mark of this kind, "snippet" or "not run"."""
+    return {name: (language, text) for found, name, language, text in MARKS.findall(page.read_text()) if found == kind}
 
 
 def randomise(model, seed=0):

@@ -14,6 +14,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import keras
 import numpy as np
 import pytest
+from conftest import MARKS, marked
 
 pytestmark = pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="modules run on TensorFlow")
 
@@ -26,7 +27,6 @@ from export import common  # noqa: E402
 from keras_vit.checkpoints import fetch  # noqa: E402
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "hub.md"
-MARK = re.compile(r"<!-- (snippet|not run): (.*?) -->\n```(\w+)\n(.*?)```\n", re.DOTALL)
 SMALL = {  # what the page says -> what is run
     "ViT_B16": "ViT_mu",
     "--weights=augreg+imagenet2012": "--weights=none",
@@ -35,10 +35,6 @@ SMALL = {  # what the page says -> what is run
     "steps_per_epoch=100": "steps_per_epoch=30",
     "block_1[01]/": "block_1/",
 }
-
-
-def snippets(kind):
-    return {name: (language, text) for found, name, language, text in MARK.findall(PAGE.read_text()) if found == kind}
 
 
 def commands(text):
@@ -52,7 +48,7 @@ def commands(text):
 def run(folder):
     """Runs the page in a folder: what its Python snippets left, {name: value}."""
     kept = {}
-    for number, (name, (language, text)) in enumerate(snippets("snippet").items()):
+    for number, (name, (language, text)) in enumerate(marked(PAGE, "snippet").items()):
         for said, done in SMALL.items():
             text = text.replace(said, done)
         if language == "bash":
@@ -98,9 +94,9 @@ def logits(images):
 
 def test_every_block_of_the_page_is_run_or_says_why_not():
     text = PAGE.read_text()
-    assert text.count("\n```") == 2 * len(MARK.findall(text)), "a fenced block without <!-- snippet: ... --> above it"
-    assert all(any(said in body for _, body in snippets("snippet").values()) for said in SMALL)
-    assert {reason for reason in snippets("not run")} == {
+    assert text.count("\n```") == 2 * len(MARKS.findall(text)), "a fenced block without <!-- snippet: ... --> above it"
+    assert all(any(said in body for _, body in marked(PAGE, "snippet").values()) for said in SMALL)
+    assert {reason for reason in marked(PAGE, "not run")} == {
         "needs docker", "needs the server above", "needs a Google Cloud project", "needs a Flink cluster",
     }  # fmt: skip
     for heading in re.findall(r"^## (.*)$", text, re.MULTILINE):

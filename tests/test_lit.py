@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 from conftest import GOLDENS, randomise
-from released import LINEN, PRE_LINEN, _dense, _encoder, _norm
+from released import LINEN, PRE_LINEN, Shapes, _dense, _encoder, _norm
 
 import keras_vit
 from keras_vit import zoo
@@ -88,17 +88,6 @@ def arrays(name, style):
         tower |= _dense("head", read, out) if out else {}
     found = {f"img/{name}": shape for name, shape in images.items()} | {f"txt/{name}": shape for name, shape in texts.items()}
     return found | {"t": (1,)}
-
-
-class Shapes(files.Npz):
-    """An archive that has names and shapes but no numbers."""
-
-    def __init__(self, path, shapes):
-        self.path, self.sha256, self.metadata = path, "0" * 64, {}
-        self.entries = {name: (shape, np.dtype("<f4")) for name, shape in shapes.items()}
-
-    def scan(self, name):
-        return 0, 1.0
 
 
 def words(count):

@@ -12,7 +12,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import keras
 import numpy as np
 import pytest
-from conftest import randomise
+from conftest import MARKS, marked, randomise
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
@@ -22,17 +22,12 @@ import keras_vit  # noqa: E402
 from keras_vit import console  # noqa: E402
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "lit.md"
-MARK = re.compile(r"<!-- (snippet|not run): (.*?) -->\n```(\w+)\n(.*?)```\n", re.DOTALL)
 SMALL = {  # what the page says -> what is run
     "LiT_B16B_2()": 'LiT_mu(weights="mu.npz")',
     "LiT_B16B_2": "LiT_mu:mu.npz",
     "224": "32",
 }
 DIGITS = "zero one two three four five six seven eight nine"
-
-
-def snippets(kind):
-    return {name: (language, text) for found, name, language, text in MARK.findall(PAGE.read_text()) if found == kind}
 
 
 def prepared(folder):
@@ -63,7 +58,7 @@ def done(tmp_path_factory):
         prepared(folder)
         os.chdir(folder)
         try:
-            for name, (language, text) in snippets("snippet").items():
+            for name, (language, text) in marked(PAGE, "snippet").items():
                 for said, run in SMALL.items():
                     text = text.replace(said, run)
                 if language == "python":
@@ -80,9 +75,9 @@ def done(tmp_path_factory):
 
 def test_every_block_of_the_page_is_run_or_says_why_not():
     text = PAGE.read_text()
-    assert text.count("\n```") == 2 * len(MARK.findall(text)), "a fenced block without <!-- snippet: ... --> above it"
-    assert all(any(said in body for _, body in snippets("snippet").values()) for said in SMALL)
-    assert set(snippets("not run")) == {"tests/test_hub_texts.py does it"}
+    assert text.count("\n```") == 2 * len(MARKS.findall(text)), "a fenced block without <!-- snippet: ... --> above it"
+    assert all(any(said in body for _, body in marked(PAGE, "snippet").values()) for said in SMALL)
+    assert set(marked(PAGE, "not run")) == {"tests/test_hub_texts.py does it"}
     for heading in re.findall(r"^## (.*)$", text, re.MULTILINE):
         anchor = re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
         assert f"- [{heading}](#{anchor})" in text

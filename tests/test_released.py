@@ -5,27 +5,15 @@ import math
 import warnings
 
 import keras
-import numpy as np
 import pytest
-from released import FILES, arrays
+from released import FILES, Shapes, arrays
 
 from keras_vit import zoo
-from keras_vit.checkpoints import files, load
+from keras_vit.checkpoints import load
 
 PUBLISHED = {path if "://" in path else f"gs://{path}.npz": facts for path, *facts in FILES}
 ELSEWHERE = ("BEiT", "BEiTMasked", "BEiTSegmenter", "LiT")  # of whose files test_released_beit.py and test_lit.py know
 TAGS = [(row, tag) for row in zoo.VARIANTS.values() for tag in row.weights if row.family.name not in ELSEWHERE]
-
-
-class Shapes(files.Npz):
-    """An archive that has names and shapes but no numbers."""
-
-    def __init__(self, path, shapes):
-        self.path, self.sha256, self.metadata = path, "0" * 64, {}
-        self.entries = {name: (shape, np.dtype("<f4")) for name, shape in shapes.items()}
-
-    def scan(self, name):
-        return 0, 1.0
 
 
 @pytest.fixture

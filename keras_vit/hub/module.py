@@ -140,25 +140,27 @@ def check(path, images):
 
 def _outputs(folder, images, named):
     """[{"load": outputs, "keras_layer": outputs}] for a list of batches of images."""
-    with tempfile.TemporaryDirectory() as between:
-        given, taken = Path(between, "images.npz"), Path(between, "outputs.npz")
-        np.savez(given, *(np.asarray(x, np.float32) for x in images))
-        source = f"{inspect.getsource(_as_a_stranger)}\nimport sys\n_as_a_stranger(*sys.argv[1:])"
-        _run(["-c", source, folder, given, taken, BATCH], "loading and calling it in another process", named)
-        arrays = _arrays(taken)
+    given = {f"arr_{i}": np.asarray(x, np.float32) for i, x in enumerate(images)}
+    arrays = _elsewhere(_as_a_stranger, folder, given, named, BATCH)
     return [{way: arrays[f"{way}_{i}"] for way in ("load", "keras_layer")} for i in range(len(images))]
 
 
 def _outputs_of_texts(folder, probe, named):
     """[{"load": output, "keras_layer": output}] for each output of a module that takes texts, in the order of the probe."""
-    with tempfile.TemporaryDirectory() as between:
-        given, taken = Path(between, "inputs.npz"), Path(between, "outputs.npz")
-        names = [name.removeprefix("output_") for name in probe if name.startswith("output_")]
-        np.savez(given, **{name: value for name, value in probe.items() if not name.startswith("output_")})
-        source = f"{inspect.getsource(texts.as_a_stranger)}\nimport sys\nas_a_stranger(*sys.argv[1:])"
-        _run(["-c", source, folder, given, taken], "loading and calling it in another process", named)
-        arrays = _arrays(taken)
+    given = {name: value for name, value in probe.items() if not name.startswith("output_")}
+    arrays = _elsewhere(texts.as_a_stranger, folder, given, named)
+    names = [name.removeprefix("output_") for name in probe if name not in given]
     return [{way: arrays[f"{way}_{name}"] for way in ("load", "keras_layer")} for name in names]
+
+
+def _elsewhere(function, folder, given, named, *more):
+    """{name: array}: what a function leaves of the arrays `given`, run by another process from its source text alone."""
+    with tempfile.TemporaryDirectory() as between:
+        before, after = Path(between, "inputs.npz"), Path(between, "outputs.npz")
+        np.savez(before, **given)
+        source = f"{inspect.getsource(function)}\nimport sys\n{function.__name__}(*sys.argv[1:])"
+        _run(["-c", source, folder, before, after, *more], "loading and calling it in another process", named)
+        return _arrays(after)
 
 
 def _as_a_stranger(path, given, taken, batch):
