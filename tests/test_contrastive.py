@@ -307,6 +307,21 @@ def test_an_image_tower_starts_from_a_vit(folder, tmp_path):
             np.testing.assert_array_equal(to_numpy(found[key]), to_numpy(expected[key]))
 
 
+def test_an_image_tower_that_averages_its_tokens_starts_from_such_a_vit(tmp_path):
+    sizes = dict(input_shape=(8, 8, 3), patch_size=4, width=16, depth=1, heads=2, mlp=16)
+    vit = randomise(keras_vit.ViT(weights=None, classifier="gap", classes=3, **sizes))
+    keras_vit.save_npz(vit, tmp_path / "vit.npz")
+    config, _ = main.parse(["main", "--workdir=x", *OPTIONS, "--config.contrastive.towers=Lu"])
+    with config.unlocked():
+        config.model.classifier = "gap"
+    config.contrastive.image_weights = str(tmp_path / "vit.npz")
+    found = named_weights(main.build_towers(config).image_tower)
+    expected = {key: weight for key, weight in named_weights(vit).items() if not key.startswith("head/")}
+    assert "tokens/positions" in expected and "tokens/cls" not in expected
+    for key, weight in expected.items():
+        np.testing.assert_array_equal(to_numpy(found[key]), to_numpy(weight))
+
+
 @pytest.mark.parametrize(
     "options, expected",
     [
